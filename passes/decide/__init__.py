@@ -1,0 +1,1 @@
+"""Passes that observe and decide; they write artifacts and leave the graph alone."""

@@ -1,0 +1,12 @@
+"""The artifact keys that passes share."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from onnxq.calibration.statistics import Statistics
+from onnxq.passes.contract import Key
+from onnxq.passes.plan import QuantPlan
+
+STATISTICS: Final = Key("statistics", Statistics, "what the last sweep saw of the activations")
+PLAN: Final = Key("plan", QuantPlan, "which value gets which format, by whom and why")

@@ -1,0 +1,1 @@
+"""Passes that perform the plan: Q/DQ nodes, packed and integer operators."""

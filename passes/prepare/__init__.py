@@ -1,0 +1,1 @@
+"""Passes that clean a graph: the function stays, later passes find one spelling."""

@@ -1,0 +1,1 @@
+"""Passes that keep the function and make it easier to quantize."""
