@@ -1,0 +1,88 @@
+# make run | test | test-slow | lint | bench | kernels | clean
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+comma := ,
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The GPU and CPU flavours of onnxruntime overwrite each other, so exactly one goes in.
+EXTRA ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+OUT ?= out
+SHARED := $(shell if [ -n "$${ONNXQ_SHARED:-}" ]; then echo "$$ONNXQ_SHARED"; else echo ../shared; fi)
+
+# What a rebuild of the environment depends on; Python files are used in place.
+BUILD_INPUTS := pyproject.toml CMakeLists.txt custom_ops/CMakeLists.txt \
+	$(shell find custom_ops -name '*.cc' -o -name '*.h' -o -name '*.def' -o -name '*.cu' | sort)
+CXX_SOURCES := $(shell find custom_ops -name '*.cc' -o -name '*.h' | sort)
+RUN_STAMP := $(VENV)/.installed-$(EXTRA)
+DEV_STAMP := $(VENV)/.installed-$(EXTRA)-dev
+
+.PHONY: help run test test-slow lint bench kernels clean
+help:
+	@echo "make run        quantize a real model end to end and print the table"
+	@echo "make test       lint-free tests (under 15 minutes on two cores)"
+	@echo "make test-slow  the long tests, with the sanitizer build of the kernels"
+	@echo "make lint       ruff, mypy, clang-format"
+	@echo "make bench      every file in benchmarks/"
+	@echo "make kernels    build the operator library into the source tree"
+	@echo "make clean      remove everything that was built"
+
+# $(call install,EXTRAS): one environment; emptied first when it holds the other onnxruntime.
+define install
+	if [ -d $(VENV) ] && ! ls $(VENV)/.installed-$(EXTRA)* >/dev/null 2>&1; then rm -rf $(VENV); fi
+	if [ ! -x $(BIN)/python ]; then \
+	  $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); $(PYTHON) -m virtualenv $(VENV); } || \
+	  { echo "onnxq: cannot make a virtual environment; install python3-venv or virtualenv" >&2; exit 1; }; \
+	fi
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(1)]'
+	$(BIN)/python -m onnxq.runtime.doctor --kernels-line
+endef
+
+$(RUN_STAMP): $(BUILD_INPUTS)
+	$(call install,$(EXTRA))
+	touch $@
+
+$(DEV_STAMP): $(BUILD_INPUTS)
+	$(call install,$(EXTRA)$(comma)dev)
+	touch $(RUN_STAMP) $@
+
+# The main job: build MiniLM, quantize it, print the table. Calibrates on STS-B train sentences
+# where the shared data is at hand, otherwise on the sentences that the project ships.
+run: $(RUN_STAMP)
+	mkdir -p $(OUT)
+	if [ -f "$(SHARED)/data/stsb/sts-train.csv" ]; then \
+	  cut -f6 "$(SHARED)/data/stsb/sts-train.csv" | awk 'NR % 89 == 1' | head -n 64 > $(OUT)/calibration.txt; \
+	else \
+	  head -n 64 models/sentences.txt > $(OUT)/calibration.txt; \
+	fi
+	$(BIN)/onnxq models build minilm -o $(OUT)/minilm.onnx
+	$(BIN)/onnxq run $(OUT)/minilm.onnx -o $(OUT)/minilm-w8a8.onnx --passes w8a8 \
+	  --calib $(OUT)/calibration.txt --tokenizer $(OUT)/minilm.tokenizer.json
+
+test: $(DEV_STAMP)
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+test-slow: $(DEV_STAMP)
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
+
+lint: $(DEV_STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+bench: $(DEV_STAMP)
+	for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+
+# For work without an installed package (PYTHONPATH=.): the library lands in custom_ops/lib.
+kernels:
+	cmake -S . -B build/kernels -DONNXQ_REQUIRE_KERNELS=ON >/dev/null
+	cmake --build build/kernels -j2
+	cmake --install build/kernels --prefix . >/dev/null
+
+clean:
+	rm -rf $(VENV) build dist $(OUT) custom_ops/lib .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
