@@ -38,7 +38,7 @@ class Temporary:
     def put_in_place(self, target: Path | None = None) -> None:
         """Flush to the disk and move to ``target`` (default: the planned one), durably."""
         self.flush()
-        os.replace(self.path, target or self.target)
+        self.path.replace(target or self.target)
         sync_folder(self.target.parent)
 
     def flush(self) -> None:
@@ -113,7 +113,7 @@ def check_target(target: Path) -> None:
             f"create it first: mkdir -p {folder}",
         )
     try:
-        info = os.stat(target)
+        info = target.stat()
     except FileNotFoundError:
         info = None
     except OSError as error:
@@ -147,7 +147,7 @@ def remove_stale(target: Path) -> list[Path]:
 def _create(target: Path) -> tuple[IO[bytes], Path]:
     mode = 0o666
     with suppress(OSError):
-        mode = stat.S_IMODE(os.stat(target).st_mode)
+        mode = stat.S_IMODE(target.stat().st_mode)
     while True:
         name = f".{target.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
         temporary = target.with_name(name)

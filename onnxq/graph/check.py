@@ -252,7 +252,7 @@ def _typed_values(tensor: onnx.TensorProto, nbytes: int) -> tuple[str, int]:
     Types below 32 bits store one value a number, 4-bit and smaller types one packed byte.
     """
     kind = onnx.TensorProto
-    width = {
+    width: dict[int, tuple[str, int]] = {
         kind.FLOAT: ("float_data", 4),
         kind.COMPLEX64: ("float_data", 4),
         kind.DOUBLE: ("double_data", 8),

@@ -31,13 +31,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
 from onnxq.errors import DataError, UnsupportedError
+from onnxq.graph.wire import Sink
 
 MAX_EXTERNAL_BYTES = 1 << 37
 """Default cap on the bytes of all external tensors of a model together: 128 GiB."""
@@ -361,7 +362,7 @@ class FileTensor(ir.LazyTensor):
         """The raw little-endian bytes."""
         return bytes(self._read())
 
-    def tofile(self, file: IO[bytes]) -> None:
+    def tofile(self, file: Sink) -> None:
         """Write the raw bytes to ``file`` without holding more than one chunk."""
         for block in self.chunks():
             file.write(block)
@@ -443,5 +444,3 @@ def tensor_nbytes(tensor: onnx.TensorProto) -> int:
     for dim in tensor.dims:
         elements *= dim
     return (elements * dtype.bitwidth + 7) // 8
-
-

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, Protocol
+from typing import Protocol
 
 import onnx
 
@@ -203,6 +203,14 @@ def _header(number: int, length: int) -> bytes:
     return _varint(number << 3 | _LENGTH) + _varint(length)
 
 
+class Sink(Protocol):
+    """Anything that bytes can be written to: a file, or a hash over one."""
+
+    def write(self, data: bytes, /) -> int:
+        """Take ``data`` and return how many bytes it took."""
+        ...
+
+
 class Streamable(Protocol):
     """A tensor that can write its raw bytes."""
 
@@ -211,7 +219,7 @@ class Streamable(Protocol):
         """Bytes that :meth:`tofile` will write."""
         ...
 
-    def tofile(self, file: IO[bytes]) -> None:
+    def tofile(self, file: Sink) -> None:
         """Write the raw bytes."""
         ...
 
@@ -223,12 +231,12 @@ def model_size(skeleton: onnx.ModelProto, tensors: Sequence[Streamable | None]) 
 
 
 def write_model(
-    file: IO[bytes], skeleton: onnx.ModelProto, tensors: Sequence[Streamable | None]
+    file: Sink, skeleton: onnx.ModelProto, tensors: Sequence[Streamable | None]
 ) -> None:
     """Write ``skeleton`` with the raw data of ``tensors`` put in, holding one of them at a time.
 
     Args:
-        file: an open binary file.
+        file: where the bytes go.
         skeleton: the model; its graph's initializers are taken out by this call.
         tensors: for each initializer of the graph the tensor whose bytes are its raw data, or
             ``None`` for one that is complete as it is.

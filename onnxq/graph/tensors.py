@@ -1,0 +1,163 @@
+"""Where a model keeps its tensors: walk them, swap them, take them out for streaming."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import IO
+
+import onnx
+import onnx_ir as ir
+
+from onnxq.errors import InternalError
+from onnxq.graph.external import DataFile, FileTensor
+
+PLACEHOLDER = "onnxq-placeholder-"
+"""Start of the location of a tensor that stands in a skeleton for the i-th one taken out."""
+
+SOURCE = "onnxq.source"
+"""Key in ``model.meta``: the resolved path of the file that the model was loaded from."""
+
+EXTERNAL = "onnxq.external"
+"""Key in ``model.meta``: the model was loaded with external data, so it is saved with it."""
+
+Setter = Callable[[ir.TensorProtocol], None]
+
+
+def _all_nodes_and_graphs(model: ir.Model) -> Iterator[tuple[ir.Graph, Iterable[ir.Node]]]:
+    roots = [model.graph, *(function.graph for function in model.functions.values())]
+    for root in roots:
+        yield root, root
+        for graph in root.subgraphs():
+            if graph is not root:
+                yield graph, graph
+
+
+def tensor_slots(model: ir.Model) -> Iterator[tuple[Setter, ir.TensorProtocol, bool]]:
+    """Every place that holds a tensor: a function that replaces it, the tensor, and whether it is
+    an initializer (else a node attribute), in a fixed order, subgraphs and functions included.
+    """
+    for graph, nodes in _all_nodes_and_graphs(model):
+        for value in graph.initializers.values():
+            if value.const_value is None:
+                raise InternalError(
+                    "INTERNAL-EMPTY-INITIALIZER", f"initializer {value.name!r} has no tensor"
+                )
+            yield _value_setter(value), value.const_value, True
+        for node in nodes:
+            for attribute in list(node.attributes.values()):
+                if attribute.is_ref():
+                    continue
+                if attribute.type == ir.AttributeType.TENSOR:
+                    yield _attribute_setter(node, attribute), attribute.as_tensor(), False
+                elif attribute.type == ir.AttributeType.TENSORS:
+                    for index, tensor in enumerate(attribute.as_tensors()):
+                        yield _list_setter(node, attribute.name, index), tensor, False
+
+
+def _value_setter(value: ir.Value) -> Setter:
+    def replace(tensor: ir.TensorProtocol) -> None:
+        value.const_value = tensor
+
+    return replace
+
+
+def _attribute_setter(node: ir.Node, attribute: ir.Attr) -> Setter:
+    def replace(tensor: ir.TensorProtocol) -> None:
+        node.attributes[attribute.name] = ir.AttrTensor(
+            attribute.name, tensor, doc_string=attribute.doc_string
+        )
+
+    return replace
+
+
+def _list_setter(node: ir.Node, name: str, index: int) -> Setter:
+    def replace(tensor: ir.TensorProtocol) -> None:
+        old = node.attributes[name]
+        tensors = list(old.as_tensors())
+        tensors[index] = tensor
+        node.attributes[name] = ir.AttrTensors(name, tensors, doc_string=old.doc_string)
+
+    return replace
+
+
+def external_slots(model: ir.Model) -> list[tuple[Setter, ir.ExternalTensor]]:
+    return [
+        (replace, tensor)
+        for replace, tensor, _ in tensor_slots(model)
+        if isinstance(tensor, ir.ExternalTensor)
+    ]
+
+
+def copy_model(model: ir.Model) -> ir.Model:
+    """A copy with graphs, nodes, values and metadata of its own; the tensors are shared."""
+    copy = model.clone()
+    copy.meta.update(model.meta)
+    return copy
+
+
+def files_of(model: ir.Model) -> set[DataFile]:
+    return {tensor.file for _, tensor, _ in tensor_slots(model) if isinstance(tensor, FileTensor)}
+
+
+def model_nbytes(model: ir.Model) -> int:
+    return sum(tensor.nbytes for _, tensor, _ in tensor_slots(model) if not is_text(tensor))
+
+
+def is_text(tensor: ir.TensorProtocol) -> bool:
+    return tensor.dtype == ir.DataType.STRING
+
+
+def skeleton(
+    model: ir.Model, take: Callable[[ir.TensorProtocol, bool], bool]
+) -> tuple[onnx.ModelProto, list[ir.TensorProtocol]]:
+    """The model as protobuf without the tensors that ``take`` chooses, and those tensors.
+
+    In the protobuf the i-th of them is an external tensor at ``PLACEHOLDER`` i.
+    """
+    copy = copy_model(model)
+    taken: list[ir.TensorProtocol] = []
+    for replace, tensor, is_initializer in list(tensor_slots(copy)):
+        if is_text(tensor) or not take(tensor, is_initializer):
+            continue
+        stand_in = ir.ExternalTensor(
+            f"{PLACEHOLDER}{len(taken)}",
+            None,
+            None,
+            tensor.dtype,
+            shape=ir.Shape(tensor.shape.numpy()),
+            name=tensor.name or "",
+            doc_string=tensor.doc_string,
+            metadata_props=dict(tensor.metadata_props),
+        )
+        replace(stand_in)
+        taken.append(tensor)
+    return ir.to_proto(copy), taken
+
+
+def placeholders(
+    tensors: Iterable[onnx.TensorProto],
+) -> Iterator[tuple[onnx.TensorProto, int | None]]:
+    for tensor in tensors:
+        location = tensor.external_data[0].value if tensor.external_data else ""
+        is_ours = location.startswith(PLACEHOLDER)
+        yield tensor, int(location.removeprefix(PLACEHOLDER)) if is_ours else None
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A tensor as a stream of raw bytes, of which a file-backed one holds a chunk at a time."""
+
+    tensor: ir.TensorProtocol
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that :meth:`tofile` writes."""
+        return self.tensor.nbytes
+
+    def tofile(self, file: IO[bytes]) -> None:
+        """Write the raw little-endian bytes."""
+        if isinstance(self.tensor, FileTensor):
+            self.tensor.tofile(file)
+        else:
+            file.write(self.tensor.tobytes())
