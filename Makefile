@@ -54,7 +54,8 @@ $(DEV_STAMP): $(BUILD_INPUTS)
 run: $(RUN_STAMP)
 	mkdir -p $(OUT)
 	if [ -f "$(SHARED)/data/stsb/sts-train.csv" ]; then \
-	  cut -f6 "$(SHARED)/data/stsb/sts-train.csv" | awk 'NR % 89 == 1' | head -n 64 > $(OUT)/calibration.txt; \
+	  awk -F'\t' 'NR % 89 == 1 && n++ < 64 { print $$6 }' "$(SHARED)/data/stsb/sts-train.csv" \
+	    > $(OUT)/calibration.txt; \
 	else \
 	  head -n 64 models/sentences.txt > $(OUT)/calibration.txt; \
 	fi

@@ -1,0 +1,33 @@
+// The kernel classes of the CPU library, one template a operator, over the activations' dtype.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <type_traits>
+
+#include "op_kernel.h"
+
+namespace onnxq {
+
+struct PerTokenRows;
+
+// x: [..., K] -> q: [..., K] i8, scale: [..., 1] f32.
+template <ElementType type>
+class DynamicQuantizePerToken {
+ public:
+  static constexpr const char* kName = "DynamicQuantizePerToken";
+  static constexpr std::array<ElementType, 1> kInputs = {type};
+  static constexpr std::array<ElementType, 2> kOutputs = {ElementType::kInt8,
+                                                          ElementType::kFloat32};
+
+  static ort::OrtStatus* Create(const Api& api, const ort::OrtKernelInfo* info,
+                                DynamicQuantizePerToken* kernel);
+  static ort::OrtStatus* InferShapes(const Api& api, ort::OrtShapeInferContext* context);
+  ort::OrtStatus* Compute(const Api& api, ort::OrtKernelContext* context) const;
+
+ private:
+  using T = std::conditional_t<type == ElementType::kFloat16, uint16_t, float>;
+  const PerTokenRows* rows_ = nullptr;
+};
+
+}  // namespace onnxq

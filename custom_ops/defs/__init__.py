@@ -1,0 +1,1 @@
+"""One module an operator; each has ``OPERATOR``. Loaded by name through the registry."""
