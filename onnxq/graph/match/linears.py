@@ -186,18 +186,14 @@ def _trace_weight(value: ir.Value | None, ir_version: int | None) -> _Weight | s
         current = node.inputs[0]
     if current is None or not is_const(current, ir_version):
         return None
-    if _const_dtype(current) not in FLOAT_TYPES:
-        return f"the weight is {_const_dtype(current)}, not floating point"
+    if value_dtype(current) not in FLOAT_TYPES:
+        return f"the weight is {value_dtype(current)}, not floating point"
     shape = const_shape(current, ir_version)
     assert shape is not None
     axes = tuple(range(len(shape)))
     for perm in reversed(transposes):
         axes = axes[::-1] if perm is None else tuple(axes[p] for p in perm)
     return _Weight(current, tuple(reversed(path)), axes)
-
-
-def _const_dtype(value: ir.Value) -> ir.DataType | None:
-    return value.const_value.dtype if value.const_value is not None else value_dtype(value)
 
 
 def _match_matmul(node: ir.Node, ir_version: int | None) -> Linear | str | None:

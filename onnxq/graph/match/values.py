@@ -219,6 +219,47 @@ def last_dim(value: ir.Value | None) -> int | None:
     return shape[-1] if shape else None
 
 
+def shape_entries(value: ir.Value | None) -> list[int | None] | None:
+    """A shape tensor's entries, None for each that is known only at run time.
+
+    None instead of a list when even the number of entries is unknown.
+    """
+    numbers = const_ints(value)
+    if numbers is not None:
+        return list(numbers)
+    node = None if value is None else value.producer()
+    if node is None:
+        return None
+    if is_op(node, "Concat"):
+        parts = [shape_entries(v) for v in node.inputs]
+        return None if any(p is None for p in parts) else [d for p in parts if p for d in p]
+    if is_op(node, "Cast", "Identity"):
+        return shape_entries(node.inputs[0])
+    if is_op(node, "Unsqueeze"):
+        return [None]
+    if is_op(node, "Reshape") and const_ints(node_input(node, 1)) in ((-1,), (1,)):
+        inner = shape_entries(node.inputs[0])
+        return [None] if inner is None or len(inner) <= 1 else inner
+    if is_op(node, "Shape"):
+        start, end = attr_int(node, "start", 0), node.attributes.get("end")
+        if end is not None and 0 <= start <= end.as_int():
+            return [None] * (end.as_int() - start)
+        return None
+    if is_op(node, "Slice") and producer(node.inputs[0], "Shape") is not None:
+        bounds = const_ints(node_input(node, 1)), const_ints(node_input(node, 2))
+        if bounds[0] and bounds[1] and 0 <= bounds[0][0] <= bounds[1][0] < 8:
+            return [None] * (bounds[1][0] - bounds[0][0])
+        return None
+    if is_op(node, "Where"):
+        kept = shape_entries(node_input(node, 2))
+        return None if kept is None else [None if d == -1 else d for d in kept]
+    if is_op(node, "Gather"):
+        indices = const_ints(node_input(node, 1))
+        shape = static_shape(node_input(node, 1))
+        return [None] * len(indices) if indices is not None and shape else None
+    return None
+
+
 def value_dtype(value: ir.Value | None) -> ir.DataType | None:
     """The element type, or None when unknown."""
     if value is None:
