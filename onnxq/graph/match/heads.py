@@ -263,9 +263,7 @@ def _apply(node: ir.Node, ids: _Ids) -> _Ids:
         axes = attr_ints(node, "axes") or const_ints(node_input(node, 1))
         if axes is None:
             raise _NoWayError(f"the axes of {node_label(node)!r} are not constant")
-        return (
-            np.expandshape_entries(ids, axes) if is_op(node, "Unsqueeze") else np.squeeze(ids, axes)
-        )
+        return np.expand_dims(ids, axes) if is_op(node, "Unsqueeze") else np.squeeze(ids, axes)
     if is_op(node, "Tile"):
         return np.tile(ids, _constant(node, 1))
     if is_op(node, "Gather"):
