@@ -1,8 +1,10 @@
 """The plan: which value gets which number format, decided before anything is performed.
 
 Deciding passes write :class:`QuantPlan`; only the passes in ``lower/`` read it and edit the graph.
-An entry names a *site* (a linear layer, an embedding) and what happens to its weight and to the
-activation that it reads.
+The plan has two sides. A :class:`ValuePlan` says how one activation is quantized; a
+:class:`SitePlan` says which node computes on quantized inputs, how its weight is stored and
+whether its output is quantized at once. A value can be quantized for one reader and stay float
+for another.
 """
 
 from __future__ import annotations
@@ -14,98 +16,124 @@ from typing import Any, Literal
 import numpy as np
 
 Mode = Literal["static", "dynamic", "weight-only"]
+SiteKind = Literal["matmul", "gemm", "conv", "embedding", "op"]
 
 
 @dataclass(frozen=True)
-class ActivationSpec:
+class ValuePlan:
     """How one activation is quantized, per tensor.
 
     Args:
-        format: number format, for example ``uint8``.
+        format: integer format, for example ``uint8``.
         symmetric: the zero point lies in the middle of the code range.
-        lo, hi: float range that the codes cover; None until ranges are chosen, and for
-            activations that are quantized at run time.
+        lo, hi: float range that the codes cover.
         method: how the range was chosen, for the report.
+        same_as: name of a value whose scale and zero point this one shares, because only
+            order-preserving operators lie between them.
     """
 
     format: str
+    lo: float
+    hi: float
     symmetric: bool = False
-    lo: float | None = None
-    hi: float | None = None
-    method: str = ""
+    method: str = "minmax"
+    same_as: str | None = None
 
 
 @dataclass(frozen=True)
-class WeightSpec:
-    """How one constant weight is quantized.
+class WeightPlan:
+    """How one constant weight is stored.
 
     Args:
-        format: number format, for example ``int8`` or ``int4``.
-        symmetric: zero point 0 (signed) or in the middle (unsigned).
-        axis: axis of the stored tensor with one scale an index, or None for per tensor.
-        block: size of the blocks along the reduction axis that share a scale, or None.
-        method: how the range was chosen, for the report.
+        format: integer format, for example ``int8`` or ``int4``.
+        symmetric: the zero point lies in the middle of the code range.
+        per_channel: one scale an output channel (or table row) instead of one in all.
+        block: elements along the reduction axis that share a scale; 0 for none.
+        method: how scales are chosen, ``minmax`` or ``mse``.
     """
 
     format: str
     symmetric: bool = True
-    axis: int | None = None
-    block: int | None = None
+    per_channel: bool = True
+    block: int = 0
     method: str = "minmax"
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One site of the plan.
+class SitePlan:
+    """One node that will compute on quantized inputs.
 
     Args:
-        site: name of the layer, as globs see it.
-        kind: ``linear``, ``conv`` or ``embedding``.
-        mode: static Q/DQ, activation quantized at run time, or weights only.
-        activation: name of the value that the site reads; empty for embeddings.
+        site: the node's name, as globs see it.
+        kind: what it is.
+        mode: how its activations are quantized, if they are.
+        inputs: names of the values that it reads quantized (static mode).
+        output: name of the value that is quantized right after it; empty if it stays float.
+        weight: how its constant is stored; None for operators without one.
+        by: the pass that decided.
+        why: its reason, in a few words.
     """
 
     site: str
-    kind: Literal["matmul", "gemm", "conv", "embedding"]
+    kind: SiteKind
     mode: Mode
-    weight: WeightSpec
-    activation: str = ""
-    activation_spec: ActivationSpec | None = None
+    inputs: tuple[str, ...] = ()
+    output: str = ""
+    weight: WeightPlan | None = None
     by: str = ""
     why: str = ""
 
 
 @dataclass
 class QuantPlan:
-    """All decisions, by site, and the sites left in float with the reason."""
+    """All decisions: by value, by site, and the sites left in float with the reason."""
 
-    entries: dict[str, Entry] = field(default_factory=dict)
+    values: dict[str, ValuePlan] = field(default_factory=dict)
+    sites: dict[str, SitePlan] = field(default_factory=dict)
     floats: dict[str, str] = field(default_factory=dict)
 
-    def add(self, entry: Entry) -> None:
-        """Decide for ``entry.site``; a later decision replaces an earlier one."""
-        self.floats.pop(entry.site, None)
-        self.entries[entry.site] = entry
+    def add(self, site: SitePlan) -> None:
+        """Decide for ``site``; a later decision replaces an earlier one."""
+        self.floats.pop(site.site, None)
+        self.sites[site.site] = site
 
     def leave_float(self, site: str, reason: str) -> None:
         """Decide that ``site`` stays in float."""
-        self.entries.pop(site, None)
+        self.sites.pop(site, None)
         self.floats[site] = reason
+
+    def used_values(self) -> set[str]:
+        """Names of the values that some site of the plan reads or writes quantized."""
+        used: set[str] = set()
+        for site in self.sites.values():
+            used.update(site.inputs)
+            if site.output:
+                used.add(site.output)
+        return used
 
     def to_storage(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """The plan as JSON; it holds no arrays."""
-        return {
-            "entries": [dataclasses.asdict(e) for e in self.entries.values()],
+        header = {
+            "values": {name: dataclasses.asdict(v) for name, v in self.values.items()},
+            "sites": [dataclasses.asdict(s) for s in self.sites.values()],
             "floats": self.floats,
-        }, {}
+        }
+        return header, {}
 
     @classmethod
     def from_storage(cls, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> QuantPlan:
         """The inverse of :meth:`to_storage`."""
-        plan = cls(floats=dict(header["floats"]))
-        for raw in header["entries"]:
-            spec = raw.pop("activation_spec")
-            weight = WeightSpec(**raw.pop("weight"))
-            activation = None if spec is None else ActivationSpec(**spec)
-            plan.add(Entry(weight=weight, activation_spec=activation, **raw))
+        plan = cls(
+            values={name: ValuePlan(**raw) for name, raw in header["values"].items()},
+            floats=dict(header["floats"]),
+        )
+        for raw in header["sites"]:
+            weight = raw["weight"]
+            plan.sites[raw["site"]] = SitePlan(
+                **{
+                    **raw,
+                    "inputs": tuple(raw["inputs"]),
+                    "weight": None if weight is None else WeightPlan(**weight),
+                }
+            )
         return plan
