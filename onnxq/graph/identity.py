@@ -26,14 +26,16 @@ class HashedFile:
         self._hash = hashlib.sha256()
         self.position = 0
 
-    def write(self, data: Any) -> int:
+    def write(self, data: bytes, /) -> int:
+        """Hash ``data`` and pass it on."""
         self._hash.update(data)
         if self._file is not None:
             self._file.write(data)
-        self.position += memoryview(data).nbytes
-        return memoryview(data).nbytes
+        self.position += len(data)
+        return len(data)
 
     def hexdigest(self) -> str:
+        """SHA-256 of what was written, in hex."""
         return self._hash.hexdigest()
 
 

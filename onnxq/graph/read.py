@@ -51,18 +51,8 @@ def load(path: str | os.PathLike[str], *, max_external_bytes: int = MAX_EXTERNAL
         raise type(error)(
             error.code, f"{source}: {error.cause}", error.hint, **error.details
         ) from error
-    except NotImplementedError as error:
-        raise UnsupportedError(
-            "UNSUPPORTED-FEATURE",
-            f"{source} uses what onnx_ir does not read: {_first_line(error)}",
-            "export the model without it",
-        ) from error
     except Exception as error:
-        raise DataError(
-            "DATA-INVALID-MODEL",
-            f"{source} is not a valid model: {_first_line(error)}",
-            "the model is damaged or was exported wrongly; export it again",
-        ) from error
+        raise _unreadable(source, error) from error
     model.meta[SOURCE] = str(real)
     return model
 
@@ -194,11 +184,30 @@ def _file_tensor(
     )
 
 
-def _first_line(error: BaseException) -> str:
-    while error.__cause__ is not None:  # onnx_ir wraps the reason in the place, several times
+def _unreadable(source: Path, error: Exception) -> OnnxqError:
+    if isinstance(_root(error), NotImplementedError):
+        return UnsupportedError(
+            "UNSUPPORTED-FEATURE",
+            f"{source} uses what onnx_ir does not read: {_first_line(error)}",
+            "export the model without it",
+        )
+    return DataError(
+        "DATA-INVALID-MODEL",
+        f"{source} is not a valid model: {_first_line(error)}",
+        "the model is damaged or was exported wrongly; export it again",
+    )
+
+
+def _root(error: BaseException) -> BaseException:
+    """The first cause; onnx_ir wraps it in the places that it went through."""
+    while error.__cause__ is not None:
         error = error.__cause__
-    text = " ".join(str(error).split())
-    return (text or type(error).__name__)[:300]
+    return error
+
+
+def _first_line(error: BaseException) -> str:
+    root = _root(error)
+    return (" ".join(str(root).split()) or type(root).__name__)[:300]
 
 
 def size_on_disk(path: str | os.PathLike[str]) -> int:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import IO
 
 import onnx
 import onnx_ir as ir
 
 from onnxq.errors import InternalError
 from onnxq.graph.external import DataFile, FileTensor
+from onnxq.graph.wire import Sink
 
 PLACEHOLDER = "onnxq-placeholder-"
 """Start of the location of a tensor that stands in a skeleton for the i-th one taken out."""
@@ -82,6 +82,7 @@ def _list_setter(node: ir.Node, name: str, index: int) -> Setter:
 
 
 def external_slots(model: ir.Model) -> list[tuple[Setter, ir.ExternalTensor]]:
+    """The slots of :func:`tensor_slots` whose tensor is a plain onnx_ir external tensor."""
     return [
         (replace, tensor)
         for replace, tensor, _ in tensor_slots(model)
@@ -91,20 +92,30 @@ def external_slots(model: ir.Model) -> list[tuple[Setter, ir.ExternalTensor]]:
 
 def copy_model(model: ir.Model) -> ir.Model:
     """A copy with graphs, nodes, values and metadata of its own; the tensors are shared."""
-    copy = model.clone()
+    try:
+        copy = model.clone()
+    except Exception as error:
+        raise InternalError(
+            "INTERNAL-INVALID-GRAPH",
+            f"the graph is not consistent: {' '.join(str(error).split())[:300]}",
+            "a pass left it broken; find it with --bisect and report it",
+        ) from error
     copy.meta.update(model.meta)
     return copy
 
 
 def files_of(model: ir.Model) -> set[DataFile]:
+    """The files that the model's tensors are read from."""
     return {tensor.file for _, tensor, _ in tensor_slots(model) if isinstance(tensor, FileTensor)}
 
 
 def model_nbytes(model: ir.Model) -> int:
+    """Bytes of all tensors together, strings not counted."""
     return sum(tensor.nbytes for _, tensor, _ in tensor_slots(model) if not is_text(tensor))
 
 
 def is_text(tensor: ir.TensorProtocol) -> bool:
+    """Whether the elements are strings, which have no raw bytes."""
     return tensor.dtype == ir.DataType.STRING
 
 
@@ -138,6 +149,7 @@ def skeleton(
 def placeholders(
     tensors: Iterable[onnx.TensorProto],
 ) -> Iterator[tuple[onnx.TensorProto, int | None]]:
+    """Each tensor, with the number of the one that :func:`skeleton` took out for it, if any."""
     for tensor in tensors:
         location = tensor.external_data[0].value if tensor.external_data else ""
         is_ours = location.startswith(PLACEHOLDER)
@@ -155,7 +167,7 @@ class Streamed:
         """Bytes that :meth:`tofile` writes."""
         return self.tensor.nbytes
 
-    def tofile(self, file: IO[bytes]) -> None:
+    def tofile(self, file: Sink) -> None:
         """Write the raw little-endian bytes."""
         if isinstance(self.tensor, FileTensor):
             self.tensor.tofile(file)

@@ -174,22 +174,33 @@ def _save_external(model: ir.Model, target: Path, threshold: int) -> SavedModel:
         data.flush()
         graph.flush()
         with locked_folder(target.parent):
-            _commit(data, data_path, graph)
+            _commit(data, data_path, digest, graph)
             _remove_old_data(target, keep=data_path, model=model)
     return SavedModel(target, target.stat().st_size + data_path.stat().st_size, data_path)
 
 
-def _commit(data: Temporary, data_path: Path, graph: Temporary) -> None:
+def _commit(data: Temporary, data_path: Path, digest: str, graph: Temporary) -> None:
     """Data first, graph last; if the graph cannot follow, the data goes again."""
     check_target(data_path)
     existed = data_path.exists()
     try:
-        data.put_in_place(data_path)
+        if not _is_same(data_path, digest):
+            data.put_in_place(data_path)
         graph.put_in_place()
     except BaseException:
         if not existed and graph.path.exists():
             data_path.unlink(missing_ok=True)
         raise
+
+
+def _is_same(data_path: Path, digest: str) -> bool:
+    """Whether the data file is there already: an equal save, or one that stopped before its graph.
+
+    It is then left alone, as the model in hand may be reading it.
+    """
+    if data_path.is_symlink() or not data_path.is_file() or data_path.stat().st_nlink != 1:
+        return False
+    return file_hash(data_path) == digest
 
 
 def _write_data(file: IO[bytes], tensors: Sequence[ir.TensorProtocol]) -> tuple[str, list[int]]:
