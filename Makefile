@@ -38,7 +38,7 @@ define install
 	  { echo "onnxq: cannot make a virtual environment; install python3-venv or virtualenv" >&2; exit 1; }; \
 	fi
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(1)]'
-	$(BIN)/python -m onnxq.runtime.doctor --kernels-line
+	$(BIN)/python -m onnxq.runtime
 endef
 
 $(RUN_STAMP): $(BUILD_INPUTS)

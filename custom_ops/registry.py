@@ -152,7 +152,7 @@ def attach(model: ir.Model, op_name: str) -> None:
         )
     model.ir_version = max(model.ir_version, _MIN_IR_VERSION)
     model.opset_imports[DOMAIN] = domain_version()
-    function = ir.from_proto(operator.function)
+    function = ir.serde.deserialize_function(operator.function)
     if function.identifier() in model.functions:
         return
     function.opset_imports[""] = opset

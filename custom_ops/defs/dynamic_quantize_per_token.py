@@ -4,8 +4,8 @@ The numbers are chosen so that the body, the numpy reference and every compiled 
 bits: float32 throughout, one rounding an operation, the reciprocal taken once a row.
 
 Why no clamp is needed: with u = 2^-24 and no underflow, scale >= amax/127 * (1 - u) and
-inverse <= 1/scale * (1 + u), so |x| * inverse <= 127 * (1 + 4u) after its own rounding, which rounds
-to 127. Where scale was raised to FLT_MIN, |x| / scale is smaller still.
+inverse <= 1/scale * (1 + u), so |x| * inverse <= 127 * (1 + 4u) after its own rounding, which
+rounds to 127. Where scale was raised to FLT_MIN, |x| / scale is smaller still.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ q     = round_half_even(x · (1 / scale))    -127 <= q <= 127
 ```
 
 - |x - scale · q| <= 0.5001 · scale; the reciprocal is rounded once a row, not once an element.
-- A row that holds a NaN or an infinity gets `scale = NaN` and `q = 0`: dequantized it is all NaN, so
-  the fault stays visible. Other rows are not touched by it.
+- A row that holds a NaN or an infinity gets `scale = NaN` and `q = 0`: dequantized it is all NaN,
+  so the fault stays visible. Other rows are not touched by it.
 - Values below 2^-126 in magnitude quantize as if `scale` were 2^-126.
 - Errors: `x` is a scalar (rank 0).
 """
@@ -48,7 +48,7 @@ def _build_function() -> onnx.FunctionProto:
     domain = Opset(DOMAIN, 1)
 
     @script(domain, default_opset=op)
-    def DynamicQuantizePerToken(x):  # type: ignore[no-untyped-def]
+    def DynamicQuantizePerToken(x):
         largest = op.Constant(value_float=_FLT_MAX)
         last_axis = op.Constant(value_ints=[-1])
         x32 = op.Cast(x, to=onnx.TensorProto.FLOAT)
@@ -57,16 +57,21 @@ def _build_function() -> onnx.FunctionProto:
         comparable = op.Where(
             op.LessOrEqual(magnitude, largest), magnitude, op.Constant(value_float=float("inf"))
         )
-        # Max with 0 gives an empty row the greatest magnitude 0.
-        amax = op.Max(
-            op.ReduceMax(comparable, last_axis, keepdims=1), op.Constant(value_float=0.0)
+        zero = op.Constant(value_float=0.0)
+        reduced = op.ReduceMax(comparable, last_axis, keepdims=1)
+        # ORT reduces an empty tensor to its own shape, others to -inf: one column more, all but the
+        # first cut off, and a floor of 0 give every empty row the greatest magnitude 0.
+        padded = op.Pad(reduced, op.Constant(value_ints=[0, 1]), zero, last_axis)
+        column = op.Slice(
+            padded, op.Constant(value_ints=[0]), op.Constant(value_ints=[1]), last_axis
         )
+        amax = op.Max(column, zero)
         is_finite = op.LessOrEqual(amax, largest)
         step = op.Max(
             op.Div(amax, op.Constant(value_float=_Q_MAX)), op.Constant(value_float=_FLT_MIN)
         )
         inverse = op.Div(op.Constant(value_float=1.0), step)
-        kept = op.Where(is_finite, x32, op.Constant(value_float=0.0))
+        kept = op.Where(is_finite, x32, zero)
         q = op.Cast(op.Round(op.Mul(kept, inverse)), to=onnx.TensorProto.INT8)
         scale = op.Where(is_finite, step, op.Constant(value_float=float("nan")))
         return q, scale

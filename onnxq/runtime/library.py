@@ -1,0 +1,139 @@
+"""The compiled operator library: where it is, what is in it, and whether it fits this package.
+
+A library is code. Only the one that the package ships, or one that the user names, is ever opened;
+a model cannot name one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnxq
+from onnxq import custom_ops
+from onnxq.custom_ops import Kernel
+from onnxq.errors import DataError, UnsupportedError
+
+ABI_TAG = "onnxq-ops-abi-1"
+"""The contract between library and package; both sides raise it together."""
+
+_FILE_NAME = "libonnxq_ops_cpu.so"
+_ENTRY_POINTS = ("onnxq_abi_tag", "onnxq_version", "onnxq_kernels", "onnxq_isa_levels")
+_NO_LIBRARY = (
+    "the operator library was not built; operators run as their standard-ONNX bodies, slower. "
+    "Install a C++17 compiler and reinstall onnxq to get the kernels"
+)
+
+_log = logging.getLogger("onnxq.runtime")
+
+
+@dataclass(frozen=True)
+class Library:
+    """What an operator library says about itself.
+
+    Args:
+        path: the shared library.
+        version: version of onnxq that it was built with.
+        kernels: the kernels it registers.
+        isa_levels: instruction sets of this CPU that it has code for, the best last.
+    """
+
+    path: Path
+    version: str
+    kernels: tuple[Kernel, ...]
+    isa_levels: tuple[str, ...]
+
+
+def shipped_path(folders: Iterable[str] | None = None) -> Path | None:
+    """Where the package's own library lies, or None when it was not built.
+
+    Args:
+        folders: folders of the package ``onnxq.custom_ops``; an editable install has two.
+    """
+    for folder in custom_ops.__path__ if folders is None else folders:
+        path = Path(folder) / "lib" / _FILE_NAME
+        if path.is_file():
+            return path
+    return None
+
+
+def inspect_library(path: Path) -> Library:
+    """Open a library and check that this package can use it.
+
+    Raises:
+        DataError: ``DATA-LIBRARY-MISSING``, there is no such file.
+        UnsupportedError: ``UNSUPPORTED-LIBRARY``, it does not load, is not an onnxq operator
+            library, has another ABI tag, or was built for another version of onnxq.
+    """
+    if not path.is_file():
+        raise DataError(
+            "DATA-LIBRARY-MISSING", f"{path} is not a file", "give the path of a .so file"
+        )
+    try:
+        handle = ctypes.CDLL(str(path.resolve()))
+    except OSError as error:
+        raise _misfit(path, f"it does not load: {error}") from error
+    missing = [name for name in _ENTRY_POINTS if not hasattr(handle, name)]
+    if missing:
+        raise _misfit(path, f"it is no onnxq operator library (no {missing[0]})")
+    # Nothing else is called before the tag is known to fit.
+    tag = _text(handle, "onnxq_abi_tag")
+    if tag != ABI_TAG:
+        raise _misfit(path, f"its ABI tag is {tag!r}, this onnxq needs {ABI_TAG!r}")
+    rows = (line.split() for line in _text(handle, "onnxq_kernels").splitlines())
+    library = Library(
+        path=path,
+        version=_text(handle, "onnxq_version"),
+        kernels=tuple(Kernel(op, int(since), where, dtype) for op, since, where, dtype in rows),
+        isa_levels=tuple(_text(handle, "onnxq_isa_levels").split()),
+    )
+    if library.version != onnxq.__version__:
+        raise _misfit(path, f"it is of onnxq {library.version}, this is {onnxq.__version__}")
+    if set(library.kernels) != {row for row in custom_ops.kernels() if row.provider == "CPU"}:
+        raise _misfit(path, "its kernels are not those of this package's ops.def")
+    return library
+
+
+@functools.cache
+def usable_library() -> Library | None:
+    """The package's own library, or None, with one warning a process that says why."""
+    path = shipped_path()
+    if path is None:
+        _log.warning("onnxq: %s", _NO_LIBRARY)
+        return None
+    try:
+        return inspect_library(path)
+    except UnsupportedError as error:
+        _log.warning("onnxq: %s; operators run as their standard-ONNX bodies", error.cause)
+        return None
+
+
+def library_problem() -> str | None:
+    """Why the package's own library cannot be used, or None when it can."""
+    path = shipped_path()
+    if path is None:
+        return _NO_LIBRARY
+    try:
+        inspect_library(path)
+    except UnsupportedError as error:
+        return error.cause
+    return None
+
+
+def _text(handle: ctypes.CDLL, name: str) -> str:
+    function = getattr(handle, name)
+    function.argtypes = []
+    function.restype = ctypes.c_char_p
+    return str(function().decode())
+
+
+def _misfit(path: Path, reason: str) -> UnsupportedError:
+    return UnsupportedError(
+        "UNSUPPORTED-LIBRARY",
+        f"the operator library {path} cannot be used: {reason}",
+        "reinstall onnxq, so that library and package are of one build",
+    )
