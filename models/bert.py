@@ -73,7 +73,7 @@ def build_bert(
         metadata: for ``metadata_props``.
 
     Raises:
-        DataError: ``CHECKPOINT-INCOMPLETE`` when a tensor is missing or has the wrong shape.
+        DataError: ``DATA-CHECKPOINT-INCOMPLETE`` when a tensor is missing or has the wrong shape.
     """
     writers = {"plain": _Plain, "torchscript": _TorchScript, "dynamo": _Dynamo}
     return writers[spelling](weights, config).model(metadata)
@@ -127,11 +127,11 @@ class _Plain:
         query, key, value = (
             self.linear(x, f"{prefix}.{part}", part) for part in ("query", "key", "value")
         )
-        scores = self.scores(x, query, key)
+        scores = self.scores(query, key)
         probabilities = self.softmax(g.op("Add", scores, mask))
-        context = g.op("MatMul", probabilities, self.split_heads(x, value, [0, 2, 1, 3]))
+        context = g.op("MatMul", probabilities, self.split_heads(value, [0, 2, 1, 3]))
         merged = g.op("Transpose", context, perm=[0, 2, 1, 3])
-        return g.op("Reshape", merged, self.merged_shape(x))
+        return self.merge_heads(merged)
 
     def embeddings(self) -> str:
         g = self.g
@@ -150,10 +150,10 @@ class _Plain:
         """A checkpoint tensor, its shape checked as far as the config says it."""
         value = self.weights.get(name)
         size = self.config.hidden_size
-        if value is None or size not in value.shape and value.shape[-1] % size:
+        if value is None or (size not in value.shape and value.shape[-1] % size):
             found = "missing" if value is None else f"of shape {list(value.shape)}"
             raise DataError(
-                "CHECKPOINT-INCOMPLETE",
+                "DATA-CHECKPOINT-INCOMPLETE",
                 f"tensor {name} is {found}; the model has hidden size {size}",
                 "give the checkpoint that this builder is for",
             )
@@ -212,20 +212,21 @@ class _Plain:
     def gelu(self, x: str) -> str:
         return self.g.op("Gelu", x)
 
-    def split_heads(self, x: str, value: str, perm: list[int]) -> str:
+    def split_heads(self, value: str, perm: list[int]) -> str:
         """``[N, S, D]`` to ``[N, S, H, d]``, then transposed by ``perm``."""
         g = self.g
         shape = g.ints(0, 0, self.config.num_heads, self.config.head_dim)
         return g.op("Transpose", g.op("Reshape", value, shape), perm=perm)
 
-    def merged_shape(self, x: str) -> str:
-        return self.g.ints(0, 0, self.config.hidden_size)
+    def merge_heads(self, context: str) -> str:
+        """``[N, S, H, d]`` to ``[N, S, D]``."""
+        return self.g.op("Reshape", context, self.g.ints(0, 0, self.config.hidden_size))
 
-    def scores(self, x: str, query: str, key: str) -> str:
+    def scores(self, query: str, key: str) -> str:
         """``q kT / sqrt(d)`` as ``[N, H, S, S]``."""
         g = self.g
-        heads = self.split_heads(x, query, [0, 2, 1, 3])
-        product = g.op("MatMul", heads, self.split_heads(x, key, [0, 2, 3, 1]))
+        heads = self.split_heads(query, [0, 2, 1, 3])
+        product = g.op("MatMul", heads, self.split_heads(key, [0, 2, 3, 1]))
         return g.op("Div", product, g.const(math.sqrt(self.config.head_dim), np.float32))
 
     def softmax(self, scores: str) -> str:
@@ -272,7 +273,7 @@ class _TorchScript(_Plain):
 
     def size(self, x: str, axis: int) -> str:
         """One dimension of ``x`` as a scalar."""
-        return self.g.op("Gather", self.g.op("Shape", x), self.g.int(axis), axis=0)
+        return self.g.op("Gather", self.g.op("Shape", x), self.g.scalar(axis), axis=0)
 
     def runtime_shape(self, x: str, *rest: int) -> str:
         """``[N, S, *rest]`` with N and S read from ``x`` at run time."""
@@ -280,20 +281,24 @@ class _TorchScript(_Plain):
         sizes = [g.op("Unsqueeze", self.size(x, axis), g.ints(0)) for axis in (0, 1)]
         return g.op("Concat", *sizes, *(g.ints(n) for n in rest), axis=0)
 
-    def split_heads(self, x: str, value: str, perm: list[int]) -> str:
+    def split_heads(self, value: str, perm: list[int]) -> str:
         g = self.g
-        shape = self.runtime_shape(x, self.config.num_heads, self.config.head_dim)
+        shape = self.runtime_shape(value, self.config.num_heads, self.config.head_dim)
         return g.op("Transpose", g.op("Reshape", value, shape), perm=perm)
 
-    def merged_shape(self, x: str) -> str:
-        return self.runtime_shape(x, self.config.hidden_size)
+    def merge_heads(self, context: str) -> str:
+        shape = self.runtime_shape(context, self.config.hidden_size)
+        return self.g.op("Reshape", context, shape)
 
 
 class _Dynamo(_Plain):
     def positions(self) -> str:
         g = self.g
         ids = g.op(
-            "Range", g.int(0), g.op("Squeeze", self.sizes("input_ids", 1), g.ints(0)), g.int(1)
+            "Range",
+            g.scalar(0),
+            g.op("Squeeze", self.sizes("input_ids", 1), g.ints(0)),
+            g.scalar(1),
         )
         return g.op("Unsqueeze", ids, g.ints(0))
 
@@ -316,21 +321,22 @@ class _Dynamo(_Plain):
         """One dimension of ``x`` as ``[1]``."""
         return self.g.op("Shape", x, start=axis, end=axis + 1)
 
-    def split_heads(self, x: str, value: str, perm: list[int]) -> str:
+    def split_heads(self, value: str, perm: list[int]) -> str:
         g = self.g
         heads = (self.config.num_heads, self.config.head_dim)
-        shape = g.op("Concat", self.sizes(x, 0), self.sizes(x, 1), g.ints(*heads), axis=0)
+        shape = g.op("Concat", self.sizes(value, 0), self.sizes(value, 1), g.ints(*heads), axis=0)
         return g.op("Transpose", g.op("Reshape", value, shape), perm=perm)
 
-    def merged_shape(self, x: str) -> str:
-        size = self.g.ints(self.config.hidden_size)
-        return self.g.op("Concat", self.sizes(x, 0), self.sizes(x, 1), size, axis=0)
+    def merge_heads(self, context: str) -> str:
+        g = self.g
+        sizes = (self.sizes(context, 0), self.sizes(context, 1), g.ints(self.config.hidden_size))
+        return g.op("Reshape", context, g.op("Concat", *sizes, axis=0))
 
-    def scores(self, x: str, query: str, key: str) -> str:
+    def scores(self, query: str, key: str) -> str:
         g = self.g
         root = g.const(self.config.head_dim**-0.25, np.float32)
-        query = self.split_heads(x, query, [0, 2, 1, 3])
-        key = self.split_heads(x, key, [0, 2, 1, 3])
+        query = self.split_heads(query, [0, 2, 1, 3])
+        key = self.split_heads(key, [0, 2, 1, 3])
         flat_shape = g.op("Concat", g.ints(-1), self.sizes(key, 2), self.sizes(key, 3), axis=0)
         flat = g.op("Transpose", g.op("Reshape", key, flat_shape), perm=[0, 2, 1])
         batch_and_heads = g.op("Shape", key, start=0, end=2)

@@ -9,8 +9,6 @@ addresses: two builds of the same checkpoint give the same bytes.
 from __future__ import annotations
 
 import contextlib
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,8 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-from onnxq.errors import DataError, UnsupportedError
+from onnxq.errors import UnsupportedError
+from onnxq.graph.atomic import reported, temporary_for
 
 OPSET = 21
 """The opset the builders write: the first with INT4 and INT16 Quantize/DequantizeLinear."""
@@ -109,7 +108,7 @@ class GraphBuilder:
         """A one-dimensional int64 constant."""
         return self.const(list(values), np.int64)
 
-    def int(self, value: int) -> str:
+    def scalar(self, value: int) -> str:
         """A scalar int64 constant."""
         return self.const(value, np.int64)
 
@@ -127,7 +126,7 @@ class GraphBuilder:
         size = sum(array.nbytes for array in self._initializers.values())
         if size > MAX_INLINE_BYTES:
             raise UnsupportedError(
-                "MODEL-TOO-LARGE",
+                "UNSUPPORTED-MODEL-TOO-LARGE",
                 f"the weights take {size} bytes and a single .onnx file holds at most "
                 f"{MAX_INLINE_BYTES}",
                 "build with dtype=float16",
@@ -156,23 +155,8 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Write a file so that a reader sees the old one or the whole new one, never a part.
 
     Raises:
-        DataError: ``OUTPUT-UNWRITABLE`` when the folder is missing or cannot be written.
+        DataError: the file cannot be written.
     """
-    temporary: Path | None = None
-    try:
-        descriptor, temporary_name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        temporary = Path(temporary_name)
-        with os.fdopen(descriptor, "wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise DataError(
-            "OUTPUT-UNWRITABLE",
-            f"cannot write {path}: {error.strerror or error}",
-            "choose a folder that exists, can be written and has room",
-        ) from error
+    with reported(path), temporary_for(path) as temporary:
+        temporary.file.write(data)
+        temporary.put_in_place()

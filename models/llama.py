@@ -50,7 +50,7 @@ def build_llama(
         metadata: for ``metadata_props``.
 
     Raises:
-        DataError: ``CHECKPOINT-INCOMPLETE`` when a tensor is missing or has the wrong shape.
+        DataError: ``DATA-CHECKPOINT-INCOMPLETE`` when a tensor is missing or has the wrong shape.
     """
     return _Writer(checkpoint, kv_cache, dtype).model(metadata)
 
@@ -86,8 +86,8 @@ class _Writer:
             self.logits(x, table)
         g.add_output("logits", np.float32, ["batch", "sequence", c.vocab_size])
         for name in presents:
-            shape = ["batch", c.num_kv_heads, "total_sequence", c.head_dim]
-            g.add_output(name, self.dtype, shape)
+            sizes = ("batch", c.num_kv_heads, "total_sequence", c.head_dim)
+            g.add_output(name, self.dtype, sizes)
         kind = "with" if self.kv_cache else "without"
         return g.build(doc=f"Llama decoder {kind} key/value cache", metadata=metadata)
 
@@ -97,8 +97,8 @@ class _Writer:
         g.add_input("position_ids", np.int64, ["batch", "sequence"])
         for i in range(c.num_layers):
             for part in ("key", "value"):
-                shape = ["batch", c.num_kv_heads, "past_sequence", c.head_dim]
-                g.add_input(f"past_key_values.{i}.{part}", self.dtype, shape)
+                sizes = ("batch", c.num_kv_heads, "past_sequence", c.head_dim)
+                g.add_input(f"past_key_values.{i}.{part}", self.dtype, sizes)
 
     def weight(self, name: str, *shape: int, transpose: bool = False) -> str:
         """An initializer from the checkpoint, cast to the model's type, its shape checked."""
@@ -106,7 +106,7 @@ class _Writer:
         if value is None or value.shape != shape:
             found = "missing" if value is None else f"of shape {list(value.shape)}"
             raise DataError(
-                "CHECKPOINT-INCOMPLETE",
+                "DATA-CHECKPOINT-INCOMPLETE",
                 f"tensor {name} is {found}; the model needs {list(shape)}",
                 "give a complete checkpoint of a Llama-style model",
             )
@@ -229,7 +229,7 @@ class _Writer:
 
     def count_up(self, stop: str) -> str:
         """``[0, 1, ..., stop-1]``."""
-        return self.g.op("Range", self.g.int(0), stop, self.g.int(1))
+        return self.g.op("Range", self.g.scalar(0), stop, self.g.scalar(1))
 
     def causal_mask(self) -> str:
         """0 where query i may see key j <= P + i that is not padding, ``finfo.min`` elsewhere.

@@ -6,9 +6,9 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from onnxq.errors import DataError, SpecError
+from onnxq.graph.atomic import check_target
 from onnxq.models import checkpoints
 
 
@@ -86,25 +86,22 @@ def build(
         options: see :attr:`ModelInfo.options`; booleans may be given as such.
 
     Raises:
-        SpecError: ``MODEL-UNKNOWN``, ``MODEL-OPTION``: no such model, option or value.
+        SpecError: ``SPEC-MODEL-UNKNOWN``, ``SPEC-MODEL-OPTION``: no such model, option or value.
         DataError: the checkpoint cannot be had or read, or the output cannot be written.
     """
     entry = _ENTRIES.get(name)
     if entry is None:
         raise SpecError(
-            "MODEL-UNKNOWN",
+            "SPEC-MODEL-UNKNOWN",
             f"no model named {name!r} can be built",
             f"known models: {', '.join(sorted(_ENTRIES))}",
         )
     out = Path(out_path)
     if out.suffix != ".onnx":
         raise DataError(
-            "OUTPUT-NAME", f"the output {out} does not end in .onnx", "name the file FILE.onnx"
+            "DATA-OUTPUT-NAME", f"the output {out} does not end in .onnx", "name the file FILE.onnx"
         )
-    if not out.parent.is_dir():
-        raise DataError(
-            "OUTPUT-UNWRITABLE", f"the folder {out.parent} does not exist", "create it first"
-        )
+    check_target(out)
     resolved = _resolve_options(entry.info, options)
     paths = checkpoints.locate(entry.checkpoint, checkpoint)
     model, tokenizer = entry.make(paths, resolved)
@@ -124,14 +121,14 @@ def _resolve_options(info: ModelInfo, given: Mapping[str, object]) -> dict[str, 
         option = known.get(name)
         if option is None:
             raise SpecError(
-                "MODEL-OPTION",
+                "SPEC-MODEL-OPTION",
                 f"model {info.name!r} has no option {key!r}",
                 f"its options: {', '.join(known)}",
             )
         text = str(value).lower() if isinstance(value, bool) else str(value)
         if text not in option.values:
             raise SpecError(
-                "MODEL-OPTION",
+                "SPEC-MODEL-OPTION",
                 f"option {key} of model {info.name!r} cannot be {text!r}",
                 f"allowed: {', '.join(option.values)}",
             )

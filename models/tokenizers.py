@@ -23,7 +23,7 @@ def tokenizer_json(tokenizer: Mapping[str, Any]) -> str:
     """The tokenizer of a :class:`~onnxq.models.checkpoints.LlamaCheckpoint` as JSON text.
 
     Raises:
-        UnsupportedError: ``TOKENIZER-UNKNOWN`` for another pre-tokenizer than SmolLM's.
+        UnsupportedError: ``UNSUPPORTED-TOKENIZER-UNKNOWN`` for another pre-tokenizer than SmolLM's.
     """
     if tokenizer["kind"] == "sentencepiece-bpe":
         content = _sentencepiece(tokenizer["tokens"], tokenizer["scores"])
@@ -31,7 +31,7 @@ def tokenizer_json(tokenizer: Mapping[str, Any]) -> str:
         content = _byte_level(tokenizer["tokens"], tokenizer["merges"], tokenizer["types"])
     else:
         raise UnsupportedError(
-            "TOKENIZER-UNKNOWN",
+            "UNSUPPORTED-TOKENIZER-UNKNOWN",
             f"pre-tokenizer {tokenizer['pre']!r} is not known; only 'smollm' is",
             "build from a SmolLM checkpoint",
         )

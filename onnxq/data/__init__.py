@@ -1,0 +1,1 @@
+"""Turning texts and images into model inputs, for calibration and for evaluation alike."""
