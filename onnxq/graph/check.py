@@ -375,15 +375,41 @@ def _reads(node: onnx.NodeProto) -> set[str]:
 
 
 def check_standard(model: onnx.ModelProto) -> None:
-    """Run onnx's own checker, with the data of external tensors out of its sight."""
-    with _without_external(model):
+    """Run onnx's own checker, with the data of external tensors out of its sight.
+
+    Functions are checked one by one: together with the model the checker wants both to import one
+    opset, while onnxruntime inlines a function whatever opset its body is written for.
+    """
+    with _without_external(model), _without_functions(model) as functions:
         try:
             onnx.checker.check_model(model)
+            for function in functions:
+                onnx.checker.check_function(function, _context(model, function))
         except Exception as error:
             cause = " ".join(str(error).split())[:400]
             raise DataError(
                 "DATA-INVALID-MODEL", f"the model breaks the ONNX standard: {cause}", _EXPORT_AGAIN
             ) from error
+
+
+def _context(model: onnx.ModelProto, function: onnx.FunctionProto) -> onnx.checker.C.CheckerContext:
+    context = onnx.checker.C.CheckerContext()
+    context.ir_version = model.ir_version
+    context.opset_imports = {entry.domain: entry.version for entry in function.opset_import}
+    return context
+
+
+@contextmanager
+def _without_functions(model: onnx.ModelProto) -> Iterator[list[onnx.FunctionProto]]:
+    functions = []
+    for function in model.functions:
+        functions.append(onnx.FunctionProto())
+        functions[-1].CopyFrom(function)
+    del model.functions[:]
+    try:
+        yield functions
+    finally:
+        model.functions.extend(functions)
 
 
 @contextmanager

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from tests.graph.io_helpers import external_model, refused, small_model, weight, write
 
 from onnxq.errors import DataError
 from onnxq.graph import external, io
+from tests.graph.io_helpers import external_model, refused, small_model, weight, write
 
 SECRET = b"s" * 48
 

@@ -13,10 +13,10 @@ import onnx
 import onnx.numpy_helper
 import onnx_ir as ir
 import pytest
-from tests.graph.io_helpers import refused, small_model, weight, wide_model, write
 
 from onnxq.errors import DataError, InternalError, UnsupportedError
 from onnxq.graph import check, io
+from tests.graph.io_helpers import refused, small_model, weight, wide_model, write
 
 
 def test_load_gives_the_graph_and_its_numbers(tmp_path: Path) -> None:
@@ -370,3 +370,11 @@ def test_an_initializer_without_numbers_is_a_bug_of_a_pass(tmp_path: Path) -> No
         io.save(model, tmp_path / "o.onnx")
     assert caught.value.code == "INTERNAL-EMPTY-INITIALIZER"
     assert not (tmp_path / "o.onnx").exists()
+
+
+def test_a_function_may_be_written_for_another_opset(tmp_path: Path) -> None:
+    model = small_model()
+    model.opset_import[0].version = 20
+    assert model.functions[0].opset_import[0].version == 18
+    loaded = io.load(write(model, tmp_path / "m.onnx"))
+    io.check_loads(io.save(loaded, tmp_path / "o.onnx").path)
