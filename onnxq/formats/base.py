@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from onnxq.errors import SpecError
-from onnxq.formats.granularity import Array, Granularity
+from onnxq.errors import DataError, SpecError
+from onnxq.formats.granularity import Array, Granularity, Groups
 from onnxq.formats.packing import pack_bits, unpack_bits
 
+MIN_NORMAL = float(np.finfo(np.float32).smallest_normal)
+MAX_FLOAT = float(np.finfo(np.float32).max)
 Float32 = npt.NDArray[np.float32]
 
 
@@ -26,8 +28,9 @@ class Params:
             stores its scales so. ``x ~ scale * value(code)``.
         zero_point: per group; the code of zero, in the dtype of the codes. None means 0.
         global_scale: float32 factor of the whole tensor (NVFP4, MX with the 4/3 rule).
-        codebook: float ``[G, n]``, the values of the n codes of each group (k-means, TTQ).
+        codebook: float16 ``[G, n]``, the n levels of each group (k-means, TTQ); times ``scale``.
         micro: uint8 ``[G, block / sub_block]``, microexponents of MX9, MX6 and MX4.
+        threshold: per group; magnitudes up to it become zero (ternary). Used by ``encode`` only.
     """
 
     granularity: Granularity
@@ -36,6 +39,7 @@ class Params:
     global_scale: np.float32 | None = None
     codebook: Array | None = None
     micro: Array | None = None
+    threshold: Array | None = None
 
 
 class Format(abc.ABC):
@@ -46,10 +50,16 @@ class Format(abc.ABC):
     ``fake_quant`` does all three. Arrays come as any float dtype and are taken as float32.
     """
 
-    bits: int
-    """Bits of one code."""
-    block: int
-    """Elements that share a scale along one axis; 0 when the caller chooses."""
+    if TYPE_CHECKING:
+
+        @property
+        def bits(self) -> int:
+            """Bits of one code."""
+
+        @property
+        def block(self) -> int:
+            """Elements that share a scale along one axis; 0 when the caller chooses."""
+
     fixed_block: ClassVar[bool] = False
     """The block is a part of the format: no other granularity is possible."""
 
@@ -74,9 +84,7 @@ class Format(abc.ABC):
         return granularity
 
     @abc.abstractmethod
-    def params(
-        self, x: Array, granularity: Granularity | None = None, *, axis: int = -1
-    ) -> Params:
+    def params(self, x: Array, granularity: Granularity | None = None, *, axis: int = -1) -> Params:
         """Scales (and what else the format needs) for ``x``.
 
         Raises:
@@ -143,3 +151,32 @@ def as_float32(x: Any) -> Float32:
     """``x`` as a float32 array; values beyond its range become infinite."""
     with np.errstate(over="ignore"):
         return np.asarray(x).astype(np.float32, copy=False)
+
+
+def require_finite(values: Array, fmt: Format) -> None:
+    """Refuse NaN and Inf.
+
+    Raises:
+        DataError: some of ``values`` are not finite.
+    """
+    if not np.isfinite(values).all():
+        raise DataError(
+            "DATA-NOT-FINITE",
+            f"NaN or Inf in the values to quantize to {fmt}",
+            "remove them from the weights, or mask them before the range is taken",
+        )
+
+
+def safe_scale(scale: Array, reach: Array | float) -> Float32:
+    """``scale`` (float64) as float32: 1 for 0, never subnormal, ``reach`` times it stays finite."""
+    bounded = np.where(scale == 0, 1.0, np.clip(scale, MIN_NORMAL, MAX_FLOAT))
+    rounded = np.asarray(bounded).astype(np.float32)
+    with np.errstate(over="ignore"):
+        overflows = ~np.isfinite(rounded * np.asarray(reach).astype(np.float32))
+        highest = np.nextafter(np.asarray(MAX_FLOAT / reach).astype(np.float32), np.float32(0))
+    return np.asarray(np.where(overflows, highest, rounded), np.float32)
+
+
+def amax(groups: Groups) -> Float32:
+    """Largest magnitude of each group, ``[G]``; NaN when the group has one."""
+    return np.asarray(np.abs(groups.values).max(axis=1, initial=0), np.float32)

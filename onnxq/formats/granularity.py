@@ -187,10 +187,10 @@ class Groups:
         if tail == 0:
             return cls(x.reshape(-1, size), None, granularity, shape)
         pad = [(0, 0)] * (x.ndim - 1) + [(0, size - tail)]
-        valid = np.broadcast_to(np.arange(x.shape[-1] + size - tail) < x.shape[-1], np.pad(x, pad).shape)
-        return cls(
-            np.pad(x, pad).reshape(-1, size), valid.reshape(-1, size), granularity, shape
+        valid = np.broadcast_to(
+            np.arange(x.shape[-1] + size - tail) < x.shape[-1], np.pad(x, pad).shape
         )
+        return cls(np.pad(x, pad).reshape(-1, size), valid.reshape(-1, size), granularity, shape)
 
     def merge(self, values: Array) -> Array:
         """The inverse of ``of`` for new ``values`` of shape ``[G, L]``: a tensor of ``shape``."""
@@ -236,4 +236,4 @@ class Groups:
         """Real elements of each group, ``[G, 1]``."""
         if self.valid is None:
             return np.full((self.values.shape[0], 1), self.values.shape[1], np.int64)
-        return self.valid.sum(axis=1, keepdims=True, dtype=np.int64)
+        return np.asarray(self.valid.sum(axis=1, keepdims=True), np.int64)

@@ -23,14 +23,19 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxq.errors import DataError, SpecError
-from onnxq.formats.base import Float32, Format, Params, as_float32
+from onnxq.formats.base import (
+    MIN_NORMAL,
+    Float32,
+    Format,
+    Params,
+    as_float32,
+    require_finite,
+    safe_scale,
+)
 from onnxq.formats.granularity import Array, Granularity
 from onnxq.formats.packing import unpack_bits
 
 Scheme = Literal["sym", "asym", "full"]
-
-MIN_NORMAL = float(np.finfo(np.float32).smallest_normal)
-MAX_FLOAT = float(np.finfo(np.float32).max)
 
 _SMALL_DTYPES: dict[tuple[int, bool], Any] = {
     (4, True): ml_dtypes.int4,
@@ -112,15 +117,17 @@ class IntFormat(Format):
         return self.scheme != "asym"
 
     @property
-    def numpy_dtype(self) -> npt.DTypeLike:
+    def numpy_dtype(self) -> np.dtype[Any]:
         """Dtype of codes: exact for 16, 8, 4 and 2 bits, else the next wider integer."""
-        small = _SMALL_DTYPES.get((self.bits, self.signed))
+        small: Any = _SMALL_DTYPES.get((self.bits, self.signed))
         if small is not None:
-            return np.dtype(small)
+            exact: np.dtype[Any] = np.dtype(small)
+            return exact
         return np.dtype(f"{'i' if self.signed else 'u'}{1 if self.bits <= 8 else 2}")
 
     @property
     def max(self) -> float:
+        """Largest magnitude of a code relative to the code of zero."""
         return float(max(self.qmax - self._level_zero, self._level_zero - self.qmin))
 
     @property
@@ -128,11 +135,11 @@ class IntFormat(Format):
         return self.zero if self.symmetric else 0
 
     def levels(self) -> npt.NDArray[np.float64]:
+        """All integers of the range, relative to the code of zero."""
         return np.arange(self.qmin, self.qmax + 1, dtype=np.float64) - self._level_zero
 
-    def params(
-        self, x: Array, granularity: Granularity | None = None, *, axis: int = -1
-    ) -> Params:
+    def params(self, x: Array, granularity: Granularity | None = None, *, axis: int = -1) -> Params:
+        """Scale and zero point of each group by the scheme; NaN and Inf raise DataError."""
         granularity = self.resolve_granularity(granularity, axis)
         groups = granularity.split(as_float32(x))
         lo = groups.values.min(axis=1, initial=0)
@@ -144,12 +151,14 @@ class IntFormat(Format):
         return Params(granularity, groups.to_param(scale), groups.to_param(zero_point))
 
     def encode(self, x: Array, params: Params | None = None) -> Array:
+        """``clip(rint(x / s) + z)``; infinities saturate, NaN raises DataError."""
         if params is None:
             return quantize(x, 1.0, self._level_zero, self)
         granularity = params.granularity
         return quantize(x, params.scale, params.zero_point, self, *_axis_and_block(granularity))
 
     def decode(self, codes: Array, params: Params | None = None) -> Float32:
+        """``s * (q - z)``."""
         if params is None:
             return dequantize(codes, 1.0, self._level_zero)
         granularity = params.granularity
@@ -163,12 +172,13 @@ class IntFormat(Format):
         axis: int = -1,
         scale_bits: int = 32,
     ) -> float:
-        """Storage per element: code, ``scale_bits`` per scale, a code per zero point if ``asym``."""
+        """Storage per element: code, ``scale_bits`` per scale, zero point if ``asym``."""
         groups = self.resolve_granularity(granularity, axis).groups(shape)
         per_group = scale_bits + (0 if self.symmetric else self.bits)
         return self.bits + per_group * groups / max(1, int(np.prod(shape)))
 
     def unpack(self, data: bytes, shape: tuple[int, ...]) -> Array:
+        """The inverse of ``pack``, in ``numpy_dtype``."""
         codes = unpack_bits(data, shape, self.bits, signed=self.signed)
         return codes.astype(np.int16 if self.bits < 16 else np.int32).astype(self.numpy_dtype)
 
@@ -181,7 +191,8 @@ def affine_params(
     Vectorised: ``lo`` and ``hi`` of any equal shape (channels, blocks), computed in float64.
     The scale is always a positive normal float32: an all-zero range gives 1, a range so small
     that the scale would be subnormal gives the smallest normal number (its values then become
-    zero or a few codes), and one so large that it would overflow gives the largest.
+    zero or a few codes), and one so large that a code would decode to infinity gives the largest
+    scale that does not.
 
     Returns:
         scale: float32, shape of ``lo``.
@@ -191,29 +202,22 @@ def affine_params(
         DataError: a bound is NaN or infinite, or ``lo > hi``.
     """
     low, high = np.asarray(lo, np.float64), np.asarray(hi, np.float64)
-    if not (np.isfinite(low).all() and np.isfinite(high).all()):
-        raise DataError(
-            "DATA-NOT-FINITE",
-            f"NaN or Inf in the values to quantize to {fmt}",
-            "remove them from the weights, or mask them before the range is taken",
-        )
+    require_finite(low, fmt)
+    require_finite(high, fmt)
     if (low > high).any():
         raise DataError(
             "DATA-RANGE", "a range whose lower end is above its upper end", "swap the two ends"
         )
     low, high = np.minimum(low, 0), np.maximum(high, 0)
     if symmetric:
-        scale = _safe_scale(np.maximum(-low, high) / max(1, fmt.qmax - fmt.zero))
+        steps = max(1, fmt.qmax - fmt.zero)
+        scale = safe_scale(np.maximum(-low, high) / steps, steps)
         return scale, np.full(scale.shape, fmt.zero).astype(np.int32).astype(fmt.numpy_dtype)
-    scale = _safe_scale((high - low) / (fmt.qmax - fmt.qmin))
-    zero_point = np.clip(fmt.qmin - np.rint(low / scale.astype(np.float64)), fmt.qmin, fmt.qmax)
+    real = np.clip((high - low) / (fmt.qmax - fmt.qmin), MIN_NORMAL, None).astype(np.float32)
+    zero_point = np.clip(fmt.qmin - np.rint(low / real.astype(np.float64)), fmt.qmin, fmt.qmax)
+    reach = np.maximum(fmt.qmax - zero_point, zero_point - fmt.qmin)
+    scale = safe_scale((high - low) / (fmt.qmax - fmt.qmin), reach)
     return scale, zero_point.astype(np.int32).astype(fmt.numpy_dtype)
-
-
-def _safe_scale(scale: npt.NDArray[np.float64]) -> Float32:
-    """As float32, 1 for 0 and never subnormal or infinite."""
-    bounded = np.where(scale == 0, 1.0, np.clip(scale, MIN_NORMAL, MAX_FLOAT))
-    return np.asarray(bounded, np.float32)
 
 
 def _full_range_params(lo: Array, hi: Array, fmt: IntFormat) -> tuple[Float32, Array]:
@@ -224,7 +228,7 @@ def _full_range_params(lo: Array, hi: Array, fmt: IntFormat) -> tuple[Float32, A
     magnitude, zero_point = affine_params(lo, hi, fmt, symmetric=True)
     extreme = np.where(hi > -lo, hi, lo).astype(np.float64)
     half = float(1 << (fmt.bits - 1))
-    scale = _safe_scale(np.abs(extreme) / half)
+    scale = safe_scale(np.abs(extreme) / half, half)
     return np.where(hi > -lo, -scale, scale).astype(magnitude.dtype), zero_point
 
 

@@ -36,16 +36,18 @@ def pack_bits(codes: Array, bits: int) -> bytes:
         codes: integers; only their lowest ``bits`` bits are written.
         bits: 1 to 32.
     """
+    mask = np.int64((1 << bits) - 1)
     if bits in (8, 16, 32):
-        wide = codes.astype(np.int64 if codes.dtype.kind in "iu" else np.int8)
-        return (wide & ((1 << bits) - 1)).astype(f"<u{bits // 8}").tobytes()
-    small = codes.astype(np.int64 if bits > 8 else np.int16).ravel() & ((1 << bits) - 1)
+        wide: Array = codes.astype(np.int64 if bits > 8 else np.int16) & mask
+        return bytes(wide.astype(f"<u{bits // 8}").tobytes())
+    small: Array = codes.astype(np.int64 if bits > 8 else np.int16).ravel() & mask
     per_byte = 8 // bits
-    if 8 % bits == 0:
+    if bits < 8 and 8 % bits == 0:
         filled = np.zeros(packed_size(small.size, bits) * per_byte, np.uint8)
         filled[: small.size] = small
         shifts = np.arange(per_byte, dtype=np.uint8) * np.uint8(bits)
-        return np.bitwise_or.reduce(filled.reshape(-1, per_byte) << shifts, axis=1).tobytes()
+        columns = filled.reshape(-1, per_byte) << shifts
+        return bytes(np.bitwise_or.reduce(columns, axis=1).tobytes())
     stream = (small[:, None] >> np.arange(bits)) & 1
     return np.packbits(stream.astype(np.uint8).ravel(), bitorder="little").tobytes()
 
