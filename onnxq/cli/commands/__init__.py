@@ -1,0 +1,1 @@
+"""One file a command; the file's ``command`` is the click command."""
