@@ -48,6 +48,7 @@ class BertConfig:
     """Shape of a BERT encoder; sizes as in the checkpoint's ``config.json``."""
 
     hidden_size: int = 384
+    intermediate_size: int = 1536
     num_heads: int = 12
     num_layers: int = 6
     norm_eps: float = 1e-12
@@ -77,6 +78,14 @@ def build_bert(
     """
     writers = {"plain": _Plain, "torchscript": _TorchScript, "dynamo": _Dynamo}
     return writers[spelling](weights, config).model(metadata)
+
+
+_POSITIONS = "embeddings.position_embeddings.weight"
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
+    sizes = zip(shape, wanted, strict=False)
+    return len(shape) == len(wanted) and all(want in (None, size) for size, want in sizes)
 
 
 class _Plain:
@@ -109,23 +118,27 @@ class _Plain:
 
     def layer(self, x: str, mask: str, prefix: str, output: str | None) -> str:
         g = self.g
+        size, inner = self.config.hidden_size, self.config.intermediate_size
         with g.scope("attention"):
             attended = self.attention(x, mask, f"{prefix}.attention.self")
             with g.scope("output"):
-                dense = self.linear(attended, f"{prefix}.attention.output.dense", "dense")
+                dense = self.linear(
+                    attended, f"{prefix}.attention.output.dense", "dense", size, size
+                )
                 added = g.op("Add", dense, x)
                 y = self.layer_norm(added, f"{prefix}.attention.output.LayerNorm")
         with g.scope("intermediate"):
-            hidden = self.gelu(self.linear(y, f"{prefix}.intermediate.dense", "dense"))
+            hidden = self.gelu(self.linear(y, f"{prefix}.intermediate.dense", "dense", inner, size))
         with g.scope("output"):
-            dense = self.linear(hidden, f"{prefix}.output.dense", "dense")
+            dense = self.linear(hidden, f"{prefix}.output.dense", "dense", size, inner)
             added = g.op("Add", dense, y)
             return self.layer_norm(added, f"{prefix}.output.LayerNorm", output)
 
     def attention(self, x: str, mask: str, prefix: str) -> str:
-        g = self.g
+        g, size = self.g, self.config.hidden_size
         query, key, value = (
-            self.linear(x, f"{prefix}.{part}", part) for part in ("query", "key", "value")
+            self.linear(x, f"{prefix}.{part}", part, size, size)
+            for part in ("query", "key", "value")
         )
         scores = self.scores(query, key)
         probabilities = self.softmax(g.op("Add", scores, mask))
@@ -141,31 +154,36 @@ class _Plain:
         added = g.op("Add", g.op("Add", words, types), positions)
         return self.layer_norm(added, "embeddings.LayerNorm")
 
-    def lookup(self, table: str, ids: str) -> str:
-        name = f"embeddings.{table}.weight"
-        with self.g.scope(table):
-            return self.g.op("Gather", self.g.weight(name, self.tensor(name)), ids, axis=0)
+    def lookup(self, part: str, ids: str) -> str:
+        name = f"embeddings.{part}.weight"
+        table = self.g.weight(name, self.tensor(name, None, self.config.hidden_size))
+        with self.g.scope(part):
+            return self.g.op("Gather", table, ids, axis=0)
 
-    def tensor(self, name: str) -> Array:
-        """A checkpoint tensor, its shape checked as far as the config says it."""
+    def tensor(self, name: str, *shape: int | None) -> Array:
+        """A checkpoint tensor of this shape; ``None`` stands for any size."""
         value = self.weights.get(name)
-        size = self.config.hidden_size
-        if value is None or (size not in value.shape and value.shape[-1] % size):
+        if value is None or not _fits(value.shape, shape):
             found = "missing" if value is None else f"of shape {list(value.shape)}"
+            wanted = ", ".join("any" if size is None else str(size) for size in shape)
             raise DataError(
                 "DATA-CHECKPOINT-INCOMPLETE",
-                f"tensor {name} is {found}; the model has hidden size {size}",
+                f"tensor {name} is {found}; the model needs [{wanted}]",
                 "give the checkpoint that this builder is for",
             )
         return np.asarray(value, dtype=np.float32)
+
+    def position_ids(self) -> Array:
+        """``[1, P]``: all positions that the table knows."""
+        table = self.tensor(_POSITIONS, None, self.config.hidden_size)
+        return np.arange(table.shape[0], dtype=np.int64)[None]
 
     # What the spellings differ in.
 
     def positions(self) -> str:
         """Position ids ``[1, S]``."""
         g = self.g
-        table = np.arange(self.tensor("embeddings.position_embeddings.weight").shape[0])[None]
-        ids = g.weight("embeddings.position_ids", table.astype(np.int64))
+        ids = g.weight("embeddings.position_ids", self.position_ids())
         length = g.op("Shape", "input_ids", start=1, end=2)
         return g.op("Slice", ids, g.ints(0), length, g.ints(1))
 
@@ -178,15 +196,18 @@ class _Plain:
             "Mul", g.op("Sub", g.const(1.0, np.float32), mask), g.const(MASK_MIN, np.float32)
         )
 
-    def linear(self, x: str, prefix: str, scope: str) -> str:
+    def linear(self, x: str, prefix: str, scope: str, outputs: int, inputs: int) -> str:
+        """``x W^T + b`` with W ``[outputs, inputs]``."""
         g = self.g
+        weight = self.tensor(f"{prefix}.weight", outputs, inputs)
+        bias = g.weight(f"{prefix}.bias", self.tensor(f"{prefix}.bias", outputs))
         with g.scope(scope):
-            product = g.op("MatMul", x, self.linear_weight(f"{prefix}.weight"))
-            return self.add_bias(product, g.weight(f"{prefix}.bias", self.tensor(f"{prefix}.bias")))
+            product = g.op("MatMul", x, self.linear_weight(f"{prefix}.weight", weight))
+            return self.add_bias(product, bias)
 
-    def linear_weight(self, name: str) -> str:
+    def linear_weight(self, name: str, weight: Array) -> str:
         """The right operand ``[in, out]`` of a linear layer's MatMul."""
-        return self.g.weight(name, self.tensor(name).T)
+        return self.g.weight(name, weight.T)
 
     def add_bias(self, product: str, bias: str) -> str:
         return self.g.op("Add", product, bias)
@@ -206,7 +227,9 @@ class _Plain:
 
     def norm_parameters(self, prefix: str) -> tuple[str, str]:
         names = (f"{prefix}.weight", f"{prefix}.bias")
-        scale, bias = (self.g.weight(name, self.tensor(name)) for name in names)
+        scale, bias = (
+            self.g.weight(name, self.tensor(name, self.config.hidden_size)) for name in names
+        )
         return scale, bias
 
     def gelu(self, x: str) -> str:
@@ -238,8 +261,7 @@ class _TorchScript(_Plain):
 
     def positions(self) -> str:
         g = self.g
-        table = np.arange(self.tensor("embeddings.position_embeddings.weight").shape[0])[None]
-        ids = g.weight("embeddings.position_ids", table.astype(np.int64))
+        ids = g.weight("embeddings.position_ids", self.position_ids())
         length = g.op("Unsqueeze", self.size("input_ids", 1), g.ints(0))
         return g.op("Slice", ids, g.ints(0), length, g.ints(1), g.ints(1))
 
@@ -313,9 +335,8 @@ class _Dynamo(_Plain):
         allowed = g.op("And", everywhere, keys)
         return g.op("Where", allowed, g.const(0.0, np.float32), g.const(MASK_MIN, np.float32))
 
-    def linear_weight(self, name: str) -> str:
-        weight = self.g.weight(name, self.tensor(name))
-        return self.g.op("Transpose", weight, perm=[1, 0])
+    def linear_weight(self, name: str, weight: Array) -> str:
+        return self.g.op("Transpose", self.g.weight(name, weight), perm=[1, 0])
 
     def sizes(self, x: str, axis: int) -> str:
         """One dimension of ``x`` as ``[1]``."""
