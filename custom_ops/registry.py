@@ -8,15 +8,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING, Any, Literal
 
 from onnxq.errors import InternalError, PreconditionError, UnsupportedError
 
 if TYPE_CHECKING:
     import numpy as np
     import onnx
+    import onnx_ir as ir
 
 DOMAIN = "com.onnxq"
 
@@ -51,7 +50,7 @@ class Attribute:
     """
 
     name: str
-    type: ir.AttributeType
+    type: Literal["INT", "FLOAT", "STRING", "INTS", "FLOATS"]
     doc: str
 
 
@@ -142,6 +141,8 @@ def attach(model: ir.Model, op_name: str) -> None:
         UnsupportedError: ``UNSUPPORTED-OPERATOR``, there is no operator of that name.
         PreconditionError: ``PRECONDITION-OPSET``, the model's opset is too old for the body.
     """
+    import onnx_ir as ir
+
     operator = get(op_name)
     opset = model.opset_imports.get("", 0)
     if opset < operator.min_opset:
@@ -171,6 +172,8 @@ def make_node(
     Raises:
         InternalError: ``INTERNAL-OPERATOR-NODE``, the inputs or attributes are not the operator's.
     """
+    import onnx_ir as ir
+
     operator = get(op_name)
     given = dict(attributes or {})
     expected = {attribute.name for attribute in operator.attributes}

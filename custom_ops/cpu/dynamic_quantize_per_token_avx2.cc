@@ -50,23 +50,24 @@ uint32_t MaxAbsBits(const T* x, int64_t k) {
 }
 
 template <class T>
-__m256i Round8(const T* x, __m256 inverse) {
-  return _mm256_cvtps_epi32(_mm256_mul_ps(Load8(x), inverse));
+__m256i Round8(const T* x, __m256 factor) {
+  return _mm256_cvtps_epi32(_mm256_mul_ps(Load8(x), factor));
 }
 
 template <class T>
-void QuantizeRow(const T* x, int64_t k, float inverse, int8_t* q) {
-  const __m256 factor = _mm256_set1_ps(inverse);
+void QuantizeRow(const T* x, int64_t k, float factor, int8_t* q) {
+  const __m256 factors = _mm256_set1_ps(factor);
   // The packs interleave 128-bit halves; this puts the eight groups of four back in order.
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   int64_t i = 0;
   for (; i + kStep <= k; i += kStep) {
-    const __m256i low = _mm256_packs_epi32(Round8(x + i, factor), Round8(x + i + 8, factor));
-    const __m256i high = _mm256_packs_epi32(Round8(x + i + 16, factor), Round8(x + i + 24, factor));
+    const __m256i low = _mm256_packs_epi32(Round8(x + i, factors), Round8(x + i + 8, factors));
+    const __m256i high =
+        _mm256_packs_epi32(Round8(x + i + 16, factors), Round8(x + i + 24, factors));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + i),
                         _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order));
   }
-  for (; i < k; ++i) q[i] = QuantizeOne(ToFloat(x[i]), inverse);
+  for (; i < k; ++i) q[i] = QuantizeOne(ToFloat(x[i]), factor);
 }
 
 template <class T>
@@ -75,7 +76,7 @@ void QuantizeRows(const T* x, int64_t rows, int64_t k, int8_t* q, float* scale) 
     const RowScale s = ScaleOfRow(MaxAbsBits(x, k));
     scale[row] = s.scale;
     if (s.finite) {
-      QuantizeRow(x, k, s.inverse, q);
+      QuantizeRow(x, k, s.factor, q);
     } else {
       std::memset(q, 0, static_cast<size_t>(k));
     }

@@ -49,20 +49,20 @@ uint32_t MaxAbsBits(const T* x, int64_t k) {
   return static_cast<uint32_t>(_mm512_reduce_max_epi32(max));
 }
 
-__m128i Quantize16(__m512 x, __m512 inverse) {
-  return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(x, inverse)));
+__m128i Quantize16(__m512 x, __m512 factor) {
+  return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(x, factor)));
 }
 
 template <class T>
-void QuantizeRow(const T* x, int64_t k, float inverse, int8_t* q) {
-  const __m512 factor = _mm512_set1_ps(inverse);
+void QuantizeRow(const T* x, int64_t k, float factor, int8_t* q) {
+  const __m512 factors = _mm512_set1_ps(factor);
   int64_t i = 0;
   for (; i + kLanes <= k; i += kLanes) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i), Quantize16(Load16(x + i), factor));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i), Quantize16(Load16(x + i), factors));
   }
   if (i < k) {
     const __mmask16 mask = Remaining(i, k);
-    _mm_mask_storeu_epi8(q + i, mask, Quantize16(Load16(x + i, mask), factor));
+    _mm_mask_storeu_epi8(q + i, mask, Quantize16(Load16(x + i, mask), factors));
   }
 }
 
@@ -72,7 +72,7 @@ void QuantizeRows(const T* x, int64_t rows, int64_t k, int8_t* q, float* scale) 
     const RowScale s = ScaleOfRow(MaxAbsBits(x, k));
     scale[row] = s.scale;
     if (s.finite) {
-      QuantizeRow(x, k, s.inverse, q);
+      QuantizeRow(x, k, s.factor, q);
     } else {
       std::memset(q, 0, static_cast<size_t>(k));
     }

@@ -15,7 +15,7 @@ void QuantizeRows(const T* x, int64_t rows, int64_t k, int8_t* q, float* scale) 
     const RowScale s = ScaleOfRow(max_bits);
     scale[row] = s.scale;
     for (int64_t i = 0; i < k; ++i) {
-      q[i] = s.finite ? QuantizeOne(ToFloat(x[i]), s.inverse) : int8_t{0};
+      q[i] = s.finite ? QuantizeOne(ToFloat(x[i]), s.factor) : int8_t{0};
     }
   }
 }

@@ -45,7 +45,7 @@ static constexpr uint32_t kInfinityBits = 0x7f800000U;
 // that holds one gets scale NaN and q = 0, so that the fault stays visible downstream.
 struct RowScale {
   float scale;
-  float inverse;
+  float factor;
   bool finite;
 };
 
@@ -53,14 +53,15 @@ struct RowScale {
   if (max_bits >= kInfinityBits) {
     return {std::numeric_limits<float>::quiet_NaN(), 0.0F, false};
   }
-  const float exact = FloatFromBits(max_bits) / 127.0F;
-  const float scale = exact > FLT_MIN ? exact : FLT_MIN;
-  return {scale, 1.0F / scale, true};
+  const float floor = 127.0F * FLT_MIN;
+  const float max = FloatFromBits(max_bits);
+  const float amax = max > floor ? max : floor;
+  return {amax / 127.0F, 127.0F / amax, true};
 }
 
-// No clamp: |x| / scale cannot round beyond 127 (see the definition).
-[[maybe_unused]] static int8_t QuantizeOne(float x, float inverse) {
-  return static_cast<int8_t>(std::lrintf(x * inverse));
+// No clamp: the product cannot round beyond 127 (see the definition).
+[[maybe_unused]] static int8_t QuantizeOne(float x, float factor) {
+  return static_cast<int8_t>(std::lrintf(x * factor));
 }
 
 }  // namespace onnxq

@@ -3,9 +3,12 @@
 The numbers are chosen so that the body, the numpy reference and every compiled kernel give the same
 bits: float32 throughout, one rounding an operation, the reciprocal taken once a row.
 
-Why no clamp is needed: with u = 2^-24 and no underflow, scale >= amax/127 * (1 - u) and
-inverse <= 1/scale * (1 + u), so |x| * inverse <= 127 * (1 + 4u) after its own rounding, which
-rounds to 127. Where scale was raised to FLT_MIN, |x| / scale is smaller still.
+The factor is 127 / amax and not 1 / scale: ONNX Runtime's optimizer rewrites x * (1 / s) to x / s,
+which differs in the last bit and so in ties. (Seen on 1.31.1; the contract test holds it.)
+
+Why no clamp is needed: with u = 2^-24 and |x| <= amax, x * (127 / amax) is at most 127 * (1 + u)^2
+in magnitude after both roundings, which rounds to 127. Nothing under- or overflows, because
+127 * 2^-126 <= amax < 2^128.
 """
 
 from __future__ import annotations
@@ -18,8 +21,9 @@ import onnx
 from onnxq.custom_ops.registry import DOMAIN, Operator
 
 _FLT_MAX = float(np.finfo(np.float32).max)
-_FLT_MIN = float(np.finfo(np.float32).tiny)
 _Q_MAX = 127.0
+# Its scale is 2^-126, the smallest normal float32.
+_AMAX_MIN = _Q_MAX * float(np.finfo(np.float32).tiny)
 
 _DOC = """\
 Quantizes each token (row of the last axis) to signed INT8 with its own scale, symmetric about zero.
@@ -27,15 +31,16 @@ Quantizes each token (row of the last axis) to signed INT8 with its own scale, s
 `x: [..., K]` f32 or f16 → `q: [..., K]` i8, `scale: [..., 1]` f32, with `x ≈ scale · q`:
 
 ```
-amax  = max |x| over the row, in f32 (0 for K = 0)
-scale = max(amax / 127, FLT_MIN)            FLT_MIN = 2^-126: finite and > 0 even for a row of zeros
-q     = round_half_even(x · (1 / scale))    -127 <= q <= 127
+amax  = max(127 · 2^-126, max |x| over the row)   in f32; so that scale > 0 for a row of zeros
+scale = amax / 127
+q     = round_half_even(x · (127 / amax))         -127 <= q <= 127
 ```
 
-- |x - scale · q| <= 0.5001 · scale; the reciprocal is rounded once a row, not once an element.
+- |x - scale · q| <= 0.5001 · scale. The factor 127 / amax is rounded once a row, so a value within
+  2^-16 steps of a tie may go the other way than `x / scale` would.
+- An empty row (K = 0) has the scale of a row of zeros.
 - A row that holds a NaN or an infinity gets `scale = NaN` and `q = 0`: dequantized it is all NaN,
   so the fault stays visible. Other rows are not touched by it.
-- Values below 2^-126 in magnitude quantize as if `scale` were 2^-126.
 - Errors: `x` is a scalar (rank 0).
 """
 
@@ -58,22 +63,20 @@ def _build_function() -> onnx.FunctionProto:
             op.LessOrEqual(magnitude, largest), magnitude, op.Constant(value_float=float("inf"))
         )
         zero = op.Constant(value_float=0.0)
+        levels = op.Constant(value_float=_Q_MAX)
         reduced = op.ReduceMax(comparable, last_axis, keepdims=1)
         # ORT reduces an empty tensor to its own shape, others to -inf: one column more, all but the
-        # first cut off, and a floor of 0 give every empty row the greatest magnitude 0.
+        # first cut off, and the floor below give every empty row the smallest amax.
         padded = op.Pad(reduced, op.Constant(value_ints=[0, 1]), zero, last_axis)
         column = op.Slice(
             padded, op.Constant(value_ints=[0]), op.Constant(value_ints=[1]), last_axis
         )
-        amax = op.Max(column, zero)
+        amax = op.Max(column, op.Constant(value_float=_AMAX_MIN))
         is_finite = op.LessOrEqual(amax, largest)
-        step = op.Max(
-            op.Div(amax, op.Constant(value_float=_Q_MAX)), op.Constant(value_float=_FLT_MIN)
-        )
-        inverse = op.Div(op.Constant(value_float=1.0), step)
         kept = op.Where(is_finite, x32, zero)
-        q = op.Cast(op.Round(op.Mul(kept, inverse)), to=onnx.TensorProto.INT8)
-        scale = op.Where(is_finite, step, op.Constant(value_float=float("nan")))
+        q = op.Cast(op.Round(op.Mul(kept, op.Div(levels, amax))), to=onnx.TensorProto.INT8)
+        nan = op.Constant(value_float=float("nan"))
+        scale = op.Where(is_finite, op.Div(amax, levels), nan)
         return q, scale
 
     proto: onnx.FunctionProto = DynamicQuantizePerToken.to_function_proto()
@@ -94,10 +97,10 @@ def reference(
     x32 = x.astype(np.float32)
     finite = np.isfinite(x32).all(axis=-1, keepdims=True)
     kept = np.where(finite, x32, np.float32(0))
-    amax = np.abs(kept).max(axis=-1, keepdims=True, initial=0)
-    step = np.maximum(amax / np.float32(_Q_MAX), np.float32(_FLT_MIN))
-    q = np.rint(kept * (np.float32(1) / step)).astype(np.int8)
-    return q, np.where(finite, step, np.float32(np.nan)).astype(np.float32)
+    amax = np.abs(kept).max(axis=-1, keepdims=True, initial=np.float32(_AMAX_MIN))
+    levels = np.float32(_Q_MAX)
+    q = np.rint(kept * (levels / amax)).astype(np.int8)
+    return q, np.where(finite, amax / levels, np.float32(np.nan))
 
 
 OPERATOR = Operator(
