@@ -31,6 +31,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 
 import onnx
 
@@ -80,14 +81,27 @@ def walk_graphs(model: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
 
 
 def walk_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Every dense tensor: initializers and attributes, in all graphs and functions."""
-    for graph in walk_graphs(model):
-        yield from graph.initializer
-    for nodes in [model.graph.node, *(function.node for function in model.functions)]:
-        for node in walk_nodes(nodes):
-            yield from _attribute_tensors(node.attribute)
+    """Every dense tensor: initializers and attributes, in all graphs and functions.
+
+    Those of the main graph's initializers come first, in their order.
+    """
+    yield from model.graph.initializer
+    yield from _body_tensors(model.graph.node)
     for function in model.functions:
-        yield from _attribute_tensors(function.attribute_proto)
+        yield from function_tensors(function)
+
+
+def function_tensors(function: onnx.FunctionProto) -> Iterator[onnx.TensorProto]:
+    """Every dense tensor of a model-local function."""
+    yield from _body_tensors(function.node)
+    yield from _attribute_tensors(function.attribute_proto)
+
+
+def _body_tensors(nodes: Sequence[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    for node in walk_nodes(nodes):
+        yield from _attribute_tensors(node.attribute)
+        for graph in graphs_of_node(node):
+            yield from graph.initializer
 
 
 def _attribute_tensors(attributes: Sequence[onnx.AttributeProto]) -> Iterator[onnx.TensorProto]:
@@ -380,7 +394,7 @@ def check_standard(model: onnx.ModelProto) -> None:
     Functions are checked one by one: together with the model the checker wants both to import one
     opset, while onnxruntime inlines a function whatever opset its body is written for.
     """
-    with _without_external(model), _without_functions(model) as functions:
+    with _without_functions(model) as functions, _without_external(model, functions):
         try:
             onnx.checker.check_model(model)
             for function in functions:
@@ -413,10 +427,13 @@ def _without_functions(model: onnx.ModelProto) -> Iterator[list[onnx.FunctionPro
 
 
 @contextmanager
-def _without_external(model: onnx.ModelProto) -> Iterator[None]:
+def _without_external(
+    model: onnx.ModelProto, functions: Sequence[onnx.FunctionProto]
+) -> Iterator[None]:
     """Show external tensors as empty ones, as the checker would follow their paths."""
     saved: list[tuple[onnx.TensorProto, onnx.TensorProto]] = []
-    for tensor in walk_tensors(model):
+    in_functions = (tensor for function in functions for tensor in function_tensors(function))
+    for tensor in chain(walk_tensors(model), in_functions):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             copy = onnx.TensorProto()
             copy.CopyFrom(tensor)

@@ -114,6 +114,7 @@ def _deserialize(
     check.sort_nodes(proto)
     check.check_standard(proto)
     model = ir.from_proto(proto)
+    ir.to_proto(model)  # what cannot be written back is refused now, not after an hour of work
     for holder, tensor in external_slots(model):
         index = os.fspath(tensor.location).removeprefix(PLACEHOLDER)
         place = lazy[int(index)]
