@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
@@ -82,7 +82,7 @@ class Attention:
     nodes: tuple[ir.Node, ...]
     num_heads: int | None
 
-    kind = "softmax"
+    kind: ClassVar[str] = "softmax"
 
     @property
     def qk_matmul(self) -> ir.Node:
@@ -230,7 +230,7 @@ def match_attention(softmax: ir.Node, ir_version: int | None = None) -> Attentio
         context=product.outputs[0],
         scale=_total_scale(path.scale, q, k, ir_version),
         nodes=(path.scores, *reversed(path.nodes), softmax, *lower_nodes, product),
-        num_heads=_heads(q),
+        num_heads=_num_heads(q, v, ir_version),
     )
 
 
@@ -383,18 +383,42 @@ def _total_scale(
     return scale
 
 
-def _heads(q: ir.Value) -> int | None:
-    """H of ``q: [B, H, S, D]`` from its shape or from the Reshape before its Transpose."""
-    shape = static_shape(q)
-    if shape is not None and len(shape) == 4 and shape[1] is not None:
-        return shape[1]
-    transpose = producer(q, "Transpose")
-    if transpose is None or attr_ints(transpose, "perm") != (0, 2, 1, 3):
-        return None
-    reshape = producer(transpose.inputs[0], "Reshape")
-    target = None if reshape is None else shape_entries(node_input(reshape, 1))
-    heads = target[2] if target is not None and len(target) == 4 else None
+def _heads(value: ir.Value, ir_version: int | None) -> int | None:
+    """H of ``[B, H, S, D]`` from the shape, or from the Reshape that split the heads."""
+    for _ in range(_MAX_STEPS):
+        shape = static_shape(value)
+        if shape is not None and len(shape) == 4 and shape[1] is not None:
+            return shape[1]
+        node = value.producer()
+        if node is None or node.inputs[0] is None:
+            return None
+        if is_op(node, "Reshape"):
+            return _heads_of_reshape(node, 1)
+        if is_op(node, "Transpose"):
+            split = producer(node.inputs[0], "Reshape")
+            if split is None or attr_ints(node, "perm") not in ((0, 2, 1, 3), (0, 2, 3, 1)):
+                return None
+            return _heads_of_reshape(split, 2)
+        is_scaled = is_op(node, "Mul", "Div") and const_scalar(node_input(node, 1), ir_version)
+        if not (is_scaled or is_pass_through(node)):
+            return None
+        value = node.inputs[0]
+    return None
+
+
+def _heads_of_reshape(node: ir.Node, at: int) -> int | None:
+    target = shape_entries(node_input(node, 1))
+    heads = target[at] if target is not None and len(target) == 4 else None
     return heads if heads is not None and heads > 0 else None
+
+
+def _num_heads(q: ir.Value, v: ir.Value, ir_version: int | None) -> int | None:
+    """Heads of q, or those of v where it has more than one (one may be broadcast)."""
+    heads = _heads(q, ir_version)
+    if heads is not None:
+        return heads
+    of_v = _heads(v, ir_version)
+    return of_v if of_v is not None and of_v > 1 else None
 
 
 def find_attentions(

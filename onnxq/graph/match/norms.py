@@ -279,13 +279,11 @@ def _match_rest(
     is_centred = subtract_mean is not None
     scaled, numerator = _match_division(root, power, region)
     _check_numerator(numerator, deviation, is_centred, x, region)
-    output, gamma, beta = _match_affine(scaled, region)
+    output, gamma, beta = _match_affine(scaled, is_centred, region)
     features = _features(gamma, region.ir_version)
     for reduce in (mean, subtract_mean):
         if reduce is not None:
             _check_axes(reduce, x, features, region.ir_version)
-    if beta is not None and not is_centred:
-        raise _RejectError("an RMSNorm with a beta is not supported")
     x = _release_shared_casts(x, region)
     _check_private(output, region)
     ordered = _graph_order(region)
@@ -347,9 +345,8 @@ def _match_division(root: ir.Node, power: float, region: _Region) -> tuple[ir.Va
             return node.outputs[0], numerator
         else:
             break
-    raise _RejectError(
-        f"the deviation is read by {node.op_type if node else 'nothing'}, not a division"
-    )
+    reader = node.op_type if node is not None else "nothing"
+    raise _RejectError(f"the deviation is read by {reader}, not by a division")
 
 
 def _is_reciprocal(node: ir.Node, value: ir.Value, region: _Region) -> bool:
@@ -378,8 +375,10 @@ def _check_numerator(
     raise _RejectError(f"the numerator {value_name(numerator)!r} is not {what} of the same x")
 
 
-def _match_affine(scaled: ir.Value, region: _Region) -> tuple[ir.Value, ir.Value, ir.Value | None]:
-    """``scaled * gamma [+ beta]`` -> (output, gamma, beta)."""
+def _match_affine(
+    scaled: ir.Value, has_beta: bool, region: _Region
+) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+    """``scaled * gamma [+ beta]`` -> (output, gamma, beta); an RMSNorm has no beta."""
     multiply = _next_through_casts(scaled, region)
     if not is_op(multiply, "Mul"):
         raise _RejectError("no gamma: the normalised value is not multiplied by a constant")
@@ -394,7 +393,7 @@ def _match_affine(scaled: ir.Value, region: _Region) -> tuple[ir.Value, ir.Value
         )
     region.add(multiply)
     output = multiply.outputs[0]
-    add = sole_consumer(output, "Add")
+    add = sole_consumer(output, "Add") if has_beta else None
     beta = None if add is None else _constant_operand(add, region.ir_version)
     if add is None or beta is None:
         return output, gamma, None
