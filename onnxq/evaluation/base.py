@@ -237,16 +237,18 @@ def pick_output(session: Session, preferred: Sequence[str], ranks: Sequence[int]
         DataError: ``DATA-OUTPUT-UNKNOWN``.
     """
     outputs = session.get_outputs()
+    # ONNX Runtime says [] of an output whose rank it does not know; then the name decides.
+    fitting = [a for a in outputs if "float" in a.type and len(a.shape or ()) in (0, *ranks)]
     for name in preferred:
-        if any(arg.name == name for arg in outputs):
+        if any(arg.name == name for arg in fitting):
             return name
-    for arg in outputs:
-        if arg.shape is not None and len(arg.shape) in ranks and "float" in arg.type:
+    for arg in fitting:
+        if arg.shape:
             return arg.name
     raise DataError(
         "DATA-OUTPUT-UNKNOWN",
-        f"none of the outputs {', '.join(arg.name for arg in outputs)} is {' or '.join(preferred)} "
-        f"or a float tensor with {' or '.join(str(rank) for rank in ranks)} dimensions",
+        f"none of the outputs {', '.join(arg.name for arg in outputs)} is a float tensor with "
+        f"{' or '.join(str(rank) for rank in ranks)} dimensions",
         "evaluate a model that belongs to this task",
     )
 
