@@ -183,6 +183,25 @@ def no_progress(what: str, done: int, total: int | None) -> None:
 
 
 @dataclass
+class Budget:
+    """How many more rewrites a pass may make; ``--bisect`` lowers it to find the first bad one.
+
+    A pass that rewrites site by site asks :meth:`take` before each rewrite and leaves the site
+    alone when the answer is no. A pass that never asks is bisected as a whole.
+    """
+
+    limit: int | None = None
+    sites: list[str] = field(default_factory=list)
+
+    def take(self, site: str) -> bool:
+        """Whether ``site`` may be rewritten; a yes is counted."""
+        if self.limit is not None and len(self.sites) >= self.limit:
+            return False
+        self.sites.append(site)
+        return True
+
+
+@dataclass
 class Context:
     """What the runner hands to a pass besides the model.
 
@@ -194,7 +213,9 @@ class Context:
         reference: the model as it came in, unchanged, for passes that compare with it.
         upcoming: the passes that run later, in order.
         seed: the only source of randomness.
+        threads: for onnxruntime sessions that a pass creates.
         progress: called by passes that take more than a second.
+        budget: asked before each rewrite, so that a bad one can be found.
     """
 
     artifacts: DeclaredArtifacts
@@ -206,6 +227,7 @@ class Context:
     seed: int = 0
     threads: int = 1
     progress: Progress = no_progress
+    budget: Budget = field(default_factory=Budget)
 
 
 @dataclass(frozen=True)
@@ -273,12 +295,23 @@ def format_option(value: Any) -> str:
     if isinstance(value, tuple):
         return "[" + ",".join(format_option(v) for v in value) + "]"
     if isinstance(value, str):
-        if value and set(value) <= _BARE and value not in {"true", "false"}:
+        if value and set(value) <= _BARE and not _looks_typed(value):
             return value
         return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
     if value is None:
         return "none"
     raise InternalError("OPTION-TYPE", f"option value {value!r} has no spelling")
+
+
+def _looks_typed(text: str) -> bool:
+    """Whether the grammar could read ``text`` as something else than a text."""
+    if text in {"true", "false", "none"}:
+        return True
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 Register = Callable[[type[Pass]], type[Pass]]

@@ -1,0 +1,250 @@
+"""``assign``: which value gets which format, and why; the graph is left alone.
+
+The decisions follow what onnxruntime computes in integers and what that costs in accuracy:
+
+- *linear layers* (MatMul, Gemm, Conv with a constant weight) are quantized: they hold the weights
+  and most of the time;
+- *embedding tables* are stored in 8 bits, one scale a row;
+- around Conv, onnxruntime's integer kernels write integers, so outputs of convolutions and the
+  adds and poolings between them are quantized too (:mod:`onnxq.passes.decide.integer_regions`);
+- *everything between the linear layers of a transformer stays float*: onnxruntime has no integer
+  kernel for LayerNorm and GELU, a mask constant would set the range of the softmax input, and
+  integer residual adds cost accuracy and gain nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import onnx_ir as ir
+
+from onnxq.calibration.requests import StatRequest
+from onnxq.errors import SpecError
+from onnxq.formats import IntFormat, parse_format
+from onnxq.graph.match import Linear, Structure, analyze, analyze_all
+from onnxq.passes.contract import Context, Pass, PassReport
+from onnxq.passes.decide.calibrate import RANGE_RULE
+from onnxq.passes.decide.integer_regions import IntegerOp, find_integer_ops, output_of_conv
+from onnxq.passes.keys import PLAN, STATISTICS
+from onnxq.passes.plan import Mode, QuantPlan, SitePlan, ValuePlan, WeightPlan
+from onnxq.passes.targets import Target
+
+SMALL_TABLE = 65_536
+"""Embedding tables below this many bytes stay float: nothing to gain."""
+
+FLOAT_REASONS = {
+    "norm": "stays float: there is no integer kernel, and its output needs the precision",
+    "activation": "stays float: there is no integer kernel",
+    "softmax": "stays float: a mask constant would set the range of its input",
+    "attention": "stays float: both operands are activations; little time, much error",
+    "residual": "stays float: an integer add loses accuracy and gains no speed",
+}
+
+
+@dataclass(frozen=True)
+class Assign(Pass):
+    """Decide formats for weights, activations and embedding tables.
+
+    Args:
+        mode: ``static`` (ranges from calibration), ``dynamic`` (activation ranges taken at run
+            time) or ``weight-only`` (activations stay float).
+        weights: integer format of weights: ``int8``, ``int4``, ...
+        activations: integer format of activations, or ``auto``: what the target is fast with.
+        block: elements along the reduction axis that share a weight scale; 0: one scale an
+            output channel.
+        weight_method: how weight ranges are chosen.
+        symmetric_weights: zero point in the middle of the weights' codes.
+        embeddings: format of embedding tables, or ``float``.
+    """
+
+    name: ClassVar[str] = "assign"
+    summary: ClassVar[str] = "decide which layer and value gets which format, and why"
+    uses: ClassVar = (STATISTICS, RANGE_RULE)
+    provides: ClassVar = (PLAN,)
+    tolerance: ClassVar[float | None] = 0.0
+
+    mode: Mode = "static"
+    weights: str = "int8"
+    activations: str = "auto"
+    block: int = 0
+    weight_method: Literal["minmax", "mse"] = "minmax"
+    symmetric_weights: bool = True
+    embeddings: str = "int8"
+
+    def __post_init__(self) -> None:
+        _integer_format(self.weights)
+        if self.activations != "auto":
+            _integer_format(self.activations)
+        if self.embeddings != "float":
+            _integer_format(self.embeddings)
+        if self.block and (self.block < 16 or self.block & (self.block - 1)):
+            raise SpecError("SPEC-RANGE", f"block={self.block} is not a power of two from 16 on")
+
+    def requests(self, model: ir.Model) -> list[StatRequest]:
+        """Ranges of the values that static mode quantizes."""
+        if self.mode != "static":
+            return []
+        structure = analyze(model)
+        names = [str(linear.x.name) for linear in structure.linears]
+        for linear in structure.linears:
+            if linear.kind == "conv":
+                names.append(str(output_of_conv(linear).name))
+        for op in find_integer_ops(structure):
+            names.append(str(op.output.name))
+        return [StatRequest(name, "range") for name in dict.fromkeys(names)]
+
+    def candidates(self, model: ir.Model) -> list[str]:
+        """Linear layers and embeddings of the main graph."""
+        structure = analyze(model)
+        return [s.name for s in (*structure.linears, *structure.embeddings)]
+
+    def run(self, model: ir.Model, ctx: Context) -> PassReport:
+        """Write the plan."""
+        report = PassReport()
+        structure = analyze(model)
+        plan = QuantPlan()
+        for linear in structure.linears:
+            self._assign_linear(model, linear, plan, ctx.target)
+        self._assign_embeddings(structure, plan)
+        if self.mode == "static":
+            for op in find_integer_ops(structure):
+                self._assign_op(op, plan)
+            self._assign_ranges(plan, structure, ctx)
+        for site in plan.sites.values():
+            weight = "" if site.weight is None else f" {site.weight.format}"
+            report.change(site.site, f"{site.kind}{weight} {site.mode}", site.why)
+        for name, reason in plan.floats.items():
+            report.skip(name, reason)
+        _explain_floats(structure, plan, report)
+        _explain_subgraphs(model, report)
+        ctx.artifacts.put(PLAN, plan)
+        return report
+
+    def _assign_linear(
+        self, model: ir.Model, linear: Linear, plan: QuantPlan, target: Target
+    ) -> None:
+        reason = self._reason_for_float(model, linear)
+        if reason is not None:
+            plan.leave_float(linear.name, reason)
+            return
+        static = self.mode == "static"
+        output = str(output_of_conv(linear).name) if static and linear.kind == "conv" else ""
+        per_channel = target.per_channel_matmul or linear.kind == "conv"
+        plan.add(
+            SitePlan(
+                linear.name,
+                linear.kind,
+                self.mode,
+                inputs=(str(linear.x.name),) if static else (),
+                output=output,
+                weight=WeightPlan(
+                    self.weights,
+                    self.symmetric_weights,
+                    per_channel,
+                    self.block if linear.kind != "conv" else 0,
+                    self.weight_method,
+                ),
+                by=self.name,
+                why=f"weight of {linear.in_features} x {linear.out_features}",
+            )
+        )
+
+    def _reason_for_float(self, model: ir.Model, linear: Linear) -> str | None:
+        dtype = linear.x.dtype
+        if dtype not in (None, ir.DataType.FLOAT):
+            return f"activations are {dtype}; only float32 layers are quantized"
+        if linear.alpha != 1.0 or linear.beta != 1.0:
+            return "Gemm with alpha or beta other than 1"
+        if self.mode == "dynamic" and linear.kind == "conv":
+            return "dynamic mode: onnxruntime's integer Conv at run-time scales is slower than float"
+        if self.mode == "weight-only" and linear.kind == "conv":
+            return "weight-only mode: Conv has no kernel on packed weights"
+        if self.mode == "static" and model.opset_imports.get("", 0) < 13:
+            return "per-channel DequantizeLinear needs opset 13; put `canonicalize` first"
+        return None
+
+    def _assign_embeddings(self, structure: Structure, plan: QuantPlan) -> None:
+        for embedding in structure.embeddings:
+            tensor = embedding.table.const_value
+            if self.embeddings == "float":
+                plan.leave_float(embedding.name, "embeddings=float")
+            elif tensor is None or tensor.dtype != ir.DataType.FLOAT:
+                plan.leave_float(embedding.name, "the table is not float32")
+            elif tensor.nbytes < SMALL_TABLE:
+                plan.leave_float(embedding.name, f"a table of {tensor.nbytes:,} bytes: too small")
+            else:
+                plan.add(
+                    SitePlan(
+                        embedding.name,
+                        "embedding",
+                        "weight-only",
+                        weight=WeightPlan(self.embeddings),
+                        by=self.name,
+                        why=f"table of {tensor.nbytes:,} bytes",
+                    )
+                )
+
+    def _assign_op(self, op: IntegerOp, plan: QuantPlan) -> None:
+        quantized = {site.output for site in plan.sites.values() if site.output}
+        missing = [v for v in op.inputs if str(v.name) not in quantized]
+        if missing:
+            plan.leave_float(op.name, f"its input {missing[0].name} is float")
+            return
+        plan.add(
+            SitePlan(
+                op.name,
+                "op",
+                "static",
+                inputs=tuple(str(v.name) for v in op.inputs),
+                output=str(op.output.name),
+                by=self.name,
+                why="between integer kernels",
+            )
+        )
+
+    def _assign_ranges(self, plan: QuantPlan, structure: Structure, ctx: Context) -> None:
+        rule = ctx.artifacts.get(RANGE_RULE)
+        statistics = ctx.artifacts.get(STATISTICS)
+        name = ctx.target.activation if self.activations == "auto" else self.activations
+        fmt = _integer_format(name)
+        symmetric = fmt.signed
+        shares = {
+            str(op.output.name): str(op.inputs[0].name)
+            for op in find_integer_ops(structure)
+            if op.keeps_codes
+        }
+        for value in sorted(plan.used_values()):
+            lo, hi = rule.range_of(statistics, value, fmt, symmetric=symmetric)
+            plan.values[value] = ValuePlan(
+                name, lo, hi, symmetric, rule.method, same_as=shares.get(value)
+            )
+
+
+def _integer_format(name: str) -> IntFormat:
+    fmt = parse_format(name)
+    if not isinstance(fmt, IntFormat):
+        raise SpecError("SPEC-FORMAT", f"`{name}` is not an integer format")
+    return fmt
+
+
+def _explain_floats(structure: Structure, plan: QuantPlan, report: PassReport) -> None:
+    """Say for everything that could be asked for why it stays float."""
+    planned = set(plan.sites)
+    for norm in structure.norms:
+        report.skip(norm.name, f"{norm.kind} {FLOAT_REASONS['norm']}")
+    for activation in structure.activations:
+        if activation.kind.startswith(("gelu", "silu")):
+            report.skip(activation.name, f"{activation.kind} {FLOAT_REASONS['activation']}")
+    for attention in structure.attentions:
+        report.skip(attention.name, f"softmax {FLOAT_REASONS['softmax']}")
+        report.skip(attention.name, f"attention MatMul {FLOAT_REASONS['attention']}")
+    for add in structure.residual_adds:
+        if add.name not in planned and add.name not in plan.floats:
+            report.skip(add.name, f"residual add {FLOAT_REASONS['residual']}")
+
+
+def _explain_subgraphs(model: ir.Model, report: PassReport) -> None:
+    inner = sum(len(s.linears) for s in list(analyze_all(model))[1:])
+    if inner:
+        report.skip("If/Loop bodies", f"{inner} linear layers inside of subgraphs stay float")

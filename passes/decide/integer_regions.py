@@ -1,0 +1,78 @@
+"""Where integers can flow on: operators between convolutions that onnxruntime runs on 8 bits.
+
+onnxruntime's QLinearConv writes 8-bit codes. An Add, a Concat, a pooling or a change of shape
+whose inputs all come from such kernels runs on codes too, and the region grows as far as that
+holds. Relu and Clip vanish into the range of the value that they write.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from onnxq.graph.match import Linear, Structure, is_op, sole_consumer
+from onnxq.graph.match.values import is_const, node_label
+
+_COMPUTING = ("Add", "Concat", "AveragePool", "GlobalAveragePool")
+_CODE_KEEPING = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze")
+
+
+@dataclass(frozen=True)
+class IntegerOp:
+    """An operator without weights that can read and write 8-bit codes.
+
+    Args:
+        node: the operator.
+        inputs: the values that it reads as codes.
+        output: the value that holds its codes, behind a Relu or Clip if one follows.
+        keeps_codes: output codes mean what input codes mean, so they share scale and zero point.
+    """
+
+    node: ir.Node
+    inputs: tuple[ir.Value, ...]
+    output: ir.Value
+    keeps_codes: bool
+
+    @property
+    def name(self) -> str:
+        """The node's name."""
+        return node_label(self.node)
+
+
+def output_of_conv(linear: Linear) -> ir.Value:
+    """The value whose range a Conv's codes have to cover: behind Relu or Clip."""
+    return _behind_clamp(linear.output)
+
+
+def _behind_clamp(value: ir.Value) -> ir.Value:
+    clamp = sole_consumer(value, "Relu", "Clip")
+    return value if clamp is None else clamp.outputs[0]
+
+
+def find_integer_ops(structure: Structure) -> list[IntegerOp]:
+    """The operators to which codes can flow from the graph's convolutions, in graph order."""
+    coded = {output_of_conv(linear) for linear in structure.linears if linear.kind == "conv"}
+    found: list[IntegerOp] = []
+    if not coded:
+        return found
+    for node in structure.graph:
+        op = _match(node, coded)
+        if op is not None:
+            coded.add(op.output)
+            found.append(op)
+    return found
+
+
+def _match(node: ir.Node, coded: set[ir.Value]) -> IntegerOp | None:
+    keeps = is_op(node, *_CODE_KEEPING)
+    if not keeps and not is_op(node, *_COMPUTING):
+        return None
+    reads = [v for v in node.inputs if v is not None]
+    data = reads[:1] if keeps else reads
+    if not data or any(v not in coded for v in data):
+        return None
+    if any(not is_const(v) for v in reads[len(data) :]) or len(node.outputs) > 1:
+        return None
+    output = node.outputs[0] if keeps else _behind_clamp(node.outputs[0])
+    return IntegerOp(node, tuple(data), output, keeps)

@@ -1,0 +1,72 @@
+"""``qdq``: perform the plan in operators that onnxruntime and other runtimes know.
+
+=============  ==================================================================================
+mode           what stands in the graph afterwards
+=============  ==================================================================================
+static         ``QuantizeLinear -> DequantizeLinear`` on planned activations, weights as integers
+               behind ``DequantizeLinear``; onnxruntime fuses them into integer kernels
+dynamic        ``DynamicQuantizeLinear -> MatMulInteger -> Cast -> Mul``; onnxruntime fuses them
+weight-only    ``MatMulNBits`` where the target has it, else a blocked ``DequantizeLinear``
+embeddings     ``Gather`` of integer rows and of their scales, ``Cast``, ``Mul``
+=============  ==================================================================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from onnxq.graph.edit import remove_dead
+from onnxq.graph.match import analyze
+from onnxq.graph.match.values import node_label
+from onnxq.passes.contract import Context, Pass, PassReport
+from onnxq.passes.keys import PLAN, STATISTICS
+from onnxq.passes.lower.dynamic import DynamicLowering
+from onnxq.passes.lower.embedding import lower_embedding
+from onnxq.passes.lower.static import StaticLowering
+from onnxq.passes.lower.weight_only import lower_weight_only
+
+
+@dataclass(frozen=True)
+class Qdq(Pass):
+    """Insert quantize and dequantize nodes, integer products and packed weights."""
+
+    name: ClassVar[str] = "qdq"
+    summary: ClassVar[str] = "perform the plan: Q/DQ nodes, integer products, packed weights"
+    requires: ClassVar = (PLAN,)
+    invalidates: ClassVar = (PLAN, STATISTICS)
+    tolerance: ClassVar[float | None] = None
+
+    def candidates(self, model: ir.Model) -> list[str]:
+        """Linear layers and embeddings of the main graph."""
+        structure = analyze(model)
+        return [s.name for s in (*structure.linears, *structure.embeddings)]
+
+    def run(self, model: ir.Model, ctx: Context) -> PassReport:
+        """Lower every site of the plan, in graph order."""
+        report = PassReport()
+        plan = ctx.artifacts.get(PLAN)
+        structure = analyze(model)
+        linears = {linear.name: linear for linear in structure.linears}
+        embeddings = {embedding.name: embedding for embedding in structure.embeddings}
+        nodes = {node_label(node): node for node in model.graph}
+        static = StaticLowering(model, plan)
+        dynamic = DynamicLowering(model)
+        for site in plan.sites.values():
+            linear = linears.get(site.site)
+            if site.kind == "embedding":
+                what = lower_embedding(model.graph, embeddings[site.site], site)
+            elif linear is None:
+                what = static.lower_op(nodes[site.site], site)
+            elif site.mode == "static":
+                what = static.lower_linear(linear, site)
+            elif site.mode == "dynamic":
+                what = dynamic.lower(linear, site)
+            else:
+                what = lower_weight_only(model, linear, site, ctx.target)
+            report.change(site.site, what)
+        static.finish()
+        remove_dead(model.graph)
+        return report

@@ -1,0 +1,187 @@
+"""Static quantization: Q/DQ pairs on activations, integer weights behind DequantizeLinear."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxq.errors import InternalError, PreconditionError
+from onnxq.formats import affine_params
+from onnxq.graph.edit import Names, add_initializer, insert_after, insert_before, replace_value
+from onnxq.graph.match import Linear
+from onnxq.passes.lower.weights import (
+    Float,
+    QuantizedWeight,
+    integer_format,
+    quantize_weight,
+    weight_as_read,
+)
+from onnxq.passes.plan import QuantPlan, SitePlan
+
+INT32_MAX = 2**31 - 1
+
+
+class StaticLowering:
+    """Lowers the static sites of one plan; activations get one Q/DQ pair each, made once."""
+
+    def __init__(self, model: ir.Model, plan: QuantPlan) -> None:
+        self._model = model
+        self._graph = model.graph
+        self._plan = plan
+        self._names = Names(model.graph)
+        self._values = {
+            v.name: v for v in (*self._graph.inputs, *(o for n in self._graph for o in n.outputs))
+        }
+        self._params: dict[str, tuple[ir.Value, ir.Value, float]] = {}
+        self._dequantized: dict[str, ir.Value] = {}
+        self._written = [s.output for s in plan.sites.values() if s.output]
+
+    def lower_linear(self, linear: Linear, site: SitePlan) -> str:
+        """Let a linear layer read dequantized codes on both sides."""
+        if site.weight is None:
+            raise InternalError("PLAN-WEIGHT", f"{site.site} has no weight plan")
+        name = site.inputs[0]
+        array, in_axis, out_axis = weight_as_read(linear)
+        least = self._least_weight_scale(linear, name)
+        weight = quantize_weight(
+            array, site.weight, in_axis=in_axis, out_axis=out_axis, least_scale=least
+        )
+        linear.node.replace_input_with(0, self._dequantized_activation(name))
+        linear.node.replace_input_with(
+            linear.weight_index, self._dequantize_weight(linear, weight, site.weight.format)
+        )
+        if linear.bias is not None and linear.bias_add is None:
+            self._quantize_bias(linear, weight, self._params[name][2])
+        if not site.weight.per_channel:
+            return f"Q/DQ, {site.weight.format} per tensor"
+        return f"Q/DQ, {site.weight.format} per channel"
+
+    def lower_op(self, node: ir.Node, site: SitePlan) -> str:
+        """Let an operator without weights read dequantized codes."""
+        for index, read in enumerate(node.inputs):
+            if read is not None and read.name in site.inputs:
+                node.replace_input_with(index, self._dequantized_activation(str(read.name)))
+        return "Q/DQ"
+
+    def finish(self) -> None:
+        """Quantize what integer kernels write: then all readers see the codes."""
+        for name in self._written:
+            value = self._values[name]
+            dequantized = self._dequantized_activation(name)
+            quantize = self._quantize_node(dequantized)
+            replace_value(value, dequantized, except_nodes=[quantize])
+
+    @staticmethod
+    def _quantize_node(dequantized: ir.Value) -> ir.Node:
+        dequantize = dequantized.producer()
+        codes = dequantize.inputs[0] if dequantize is not None else None
+        node = codes.producer() if codes is not None else None
+        if node is None:
+            raise InternalError("QDQ-PAIR", f"{dequantized.name} has no QuantizeLinear")
+        return node
+
+    def _dequantized_activation(self, name: str) -> ir.Value:
+        """The value behind the Q/DQ pair of activation ``name``, made on first use."""
+        if name in self._dequantized:
+            return self._dequantized[name]
+        value = self._values[name]
+        scale, zero, _ = self._activation_params(name)
+        fmt = integer_format(self._plan.values[name].format)
+        if fmt.bits > 8 and self._model.opset_imports.get("", 0) < 21:
+            raise PreconditionError(
+                "PASS-OPSET",
+                f"`qdq`: {fmt} activations need opset 21; the model has "
+                f"{self._model.opset_imports.get('', 0)}",
+                "put `canonicalize{opset=21}` first",
+            )
+        quantize = ir.node(
+            "QuantizeLinear", [value, scale, zero], name=self._names.fresh(f"{name}_QuantizeLinear")
+        )
+        quantize.outputs[0].name = self._names.fresh(f"{name}_quantized")
+        dequantize = ir.node(
+            "DequantizeLinear",
+            [quantize.outputs[0], scale, zero],
+            name=self._names.fresh(f"{name}_DequantizeLinear"),
+        )
+        out = dequantize.outputs[0]
+        out.name = self._names.fresh(f"{name}_dequantized")
+        out.type, out.shape = value.type, value.shape
+        insert_after(value, [quantize, dequantize])
+        self._dequantized[name] = out
+        return out
+
+    def _activation_params(self, name: str) -> tuple[ir.Value, ir.Value, float]:
+        """Scale and zero point of an activation as constants, and the scale as a number."""
+        if name in self._params:
+            return self._params[name]
+        planned = self._plan.values[name]
+        if planned.same_as is not None:
+            self._params[name] = self._activation_params(planned.same_as)
+            return self._params[name]
+        fmt = integer_format(planned.format)
+        scale, zero = affine_params(planned.lo, planned.hi, fmt, symmetric=planned.symmetric)
+        found = (
+            add_initializer(self._graph, self._names.fresh(f"{name}_scale"), np.asarray(scale)),
+            add_initializer(self._graph, self._names.fresh(f"{name}_zero_point"), np.asarray(zero)),
+            float(scale),
+        )
+        self._params[name] = found
+        return found
+
+    def _least_weight_scale(self, linear: Linear, activation: str) -> Float | None:
+        """Smallest weight scales with which the bias fits into int32, for fused biases."""
+        bias = linear.b
+        if bias is None or linear.bias_add is not None:
+            return None
+        scale = self._activation_params(activation)[2]
+        return np.asarray(np.abs(bias) / (scale * INT32_MAX), np.float32)
+
+    def _dequantize_weight(
+        self, linear: Linear, weight: QuantizedWeight, fmt_name: str
+    ) -> ir.Value:
+        base = f"{linear.name}_weight"
+        fmt = integer_format(fmt_name)
+        inputs = [
+            add_initializer(
+                self._graph, self._names.fresh(f"{base}_quantized"), weight.codes.astype(fmt.numpy_dtype)
+            ),
+            add_initializer(self._graph, self._names.fresh(f"{base}_scale"), weight.scale),
+            add_initializer(self._graph, self._names.fresh(f"{base}_zero_point"), weight.zero_point),
+        ]
+        attributes = {} if weight.axis is None else {"axis": weight.axis}
+        return self._dequantize(linear, inputs, attributes, base)
+
+    def _quantize_bias(self, linear: Linear, weight: QuantizedWeight, activation: float) -> None:
+        """The bias in int32 at the scale of the accumulator, as integer kernels take it."""
+        bias = linear.b
+        if bias is None or linear.bias is None:
+            return
+        scale = np.broadcast_to(weight.scale * np.float32(activation), bias.shape)
+        codes = np.rint(bias.astype(np.float64) / scale).clip(-INT32_MAX, INT32_MAX)
+        base = f"{linear.name}_bias"
+        inputs = [
+            add_initializer(
+                self._graph, self._names.fresh(f"{base}_quantized"), codes.astype(np.int32)
+            ),
+            add_initializer(
+                self._graph, self._names.fresh(f"{base}_scale"), np.ascontiguousarray(scale)
+            ),
+        ]
+        index = next(i for i, v in enumerate(linear.node.inputs) if v is linear.bias)
+        linear.node.replace_input_with(index, self._dequantize(linear, inputs, {"axis": 0}, base))
+
+    def _dequantize(
+        self, linear: Linear, inputs: list[ir.Value], attributes: dict[str, int], base: str
+    ) -> ir.Value:
+        node = ir.node(
+            "DequantizeLinear",
+            inputs,
+            attributes,
+            name=self._names.fresh(f"{base}_DequantizeLinear"),
+        )
+        out = node.outputs[0]
+        out.name = self._names.fresh(f"{base}_dequantized")
+        out.type = ir.TensorType(ir.DataType.FLOAT)
+        out.shape = inputs[0].shape
+        insert_before(linear.node, node)
+        return out

@@ -1,0 +1,146 @@
+"""Weight-only quantization: packed weights, float activations.
+
+Where the target has it, onnxruntime's ``MatMulNBits`` (weights ``[N, blocks, bytes]``, low nibble
+first, unsigned codes with the middle as default zero point, bias inside); elsewhere the standard's
+blocked ``DequantizeLinear`` in front of the product.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from onnxq.errors import InternalError, PreconditionError
+from onnxq.formats.packing import pack_bits
+from onnxq.graph.edit import Names, add_initializer, insert_before, replace_value
+from onnxq.graph.match import Linear
+from onnxq.passes.lower.weights import integer_format, quantize_weight, weight_as_read
+from onnxq.passes.plan import SitePlan, WeightPlan
+from onnxq.passes.targets import Target
+
+CONTRIB = "com.microsoft"
+NBITS = (2, 4, 8)
+INT8_COMPUTE = 4
+"""``accuracy_level`` at which MatMulNBits rounds activations to int8 a block: its fast path."""
+
+
+def lower_weight_only(model: ir.Model, linear: Linear, site: SitePlan, target: Target) -> str:
+    """Pack one layer's weight; returns what was done, for the report."""
+    if site.weight is None:
+        raise InternalError("PLAN-WEIGHT", f"{site.site} has no weight plan")
+    bits = integer_format(site.weight.format).bits
+    if target.matmul_nbits and site.weight.block and bits in NBITS:
+        return _lower_to_nbits(model, linear, site.weight, bits)
+    return _lower_to_dequantize(model, linear, site.weight)
+
+
+def _lower_to_nbits(model: ir.Model, linear: Linear, plan: WeightPlan, bits: int) -> str:
+    graph = model.graph
+    names = Names(graph)
+    array, in_axis, _ = weight_as_read(linear)
+    rows = array if in_axis == 1 else np.ascontiguousarray(array.T)
+    weight = quantize_weight(rows, plan, in_axis=1, out_axis=0)
+    base = f"{linear.name}_weight"
+    # MatMulNBits reads unsigned codes: a signed format's zero becomes the middle.
+    shift = 1 << (bits - 1) if integer_format(plan.format).signed else 0
+    packed = add_initializer(
+        graph,
+        names.fresh(f"{base}_packed"),
+        _pack_blocks(weight.codes.astype(np.int16) + shift, plan.block, bits),
+    )
+    scales = add_initializer(graph, names.fresh(f"{base}_scale"), weight.scale)
+    zero = None
+    if not plan.symmetric:
+        zero = add_initializer(
+            graph,
+            names.fresh(f"{base}_zero_point"),
+            _pack_zero_points(weight.zero_point.astype(np.int16) + shift, bits),
+        )
+    bias = None
+    if linear.b is not None:
+        bias = add_initializer(graph, names.fresh(f"{linear.name}_bias"), linear.b)
+    node = ir.Node(
+        CONTRIB,
+        "MatMulNBits",
+        [linear.x, packed, scales, zero, None, bias],
+        [
+            ir.AttrInt64("K", linear.in_features),
+            ir.AttrInt64("N", linear.out_features),
+            ir.AttrInt64("bits", bits),
+            ir.AttrInt64("block_size", plan.block),
+            ir.AttrInt64("accuracy_level", INT8_COMPUTE),
+        ],
+        num_outputs=1,
+        name=names.fresh(f"{linear.name}_MatMulNBits"),
+    )
+    out = node.outputs[0]
+    out.name = names.fresh(f"{linear.name}_MatMulNBits_output")
+    out.type, out.shape = linear.output.type, linear.output.shape
+    insert_before(linear.node, node)
+    replace_value(linear.output, out)
+    if linear.bias_add is not None:
+        graph.remove(linear.bias_add, safe=True)
+    graph.remove(linear.node, safe=True)
+    model.opset_imports.setdefault(CONTRIB, 1)
+    return f"MatMulNBits, {plan.format} in blocks of {plan.block}"
+
+
+def _pack_blocks(codes: npt.NDArray[np.int16], block: int, bits: int) -> npt.NDArray[np.uint8]:
+    """``[N, K]`` unsigned codes to ``[N, blocks, block * bits / 8]`` bytes."""
+    n, k = codes.shape
+    blocks = -(-k // block)
+    padded = np.full((n, blocks * block), 1 << (bits - 1), np.int16)
+    padded[:, :k] = codes
+    data = np.frombuffer(pack_bits(padded, bits), np.uint8)
+    return data.reshape(n, blocks, block * bits // 8)
+
+
+def _pack_zero_points(zero: npt.NDArray[np.int16], bits: int) -> npt.NDArray[np.uint8]:
+    """``[N, blocks]`` unsigned zero points to ``[N, ceil(blocks * bits / 8)]`` bytes."""
+    n, blocks = zero.shape
+    per_byte = 8 // bits
+    width = -(-blocks // per_byte)
+    padded = np.zeros((n, width * per_byte), np.int16)
+    padded[:, :blocks] = zero
+    return np.frombuffer(pack_bits(padded, bits), np.uint8).reshape(n, width)
+
+
+def _lower_to_dequantize(model: ir.Model, linear: Linear, plan: WeightPlan) -> str:
+    """Keep the product and let it read dequantized codes."""
+    graph = model.graph
+    names = Names(graph)
+    fmt = integer_format(plan.format)
+    opset = model.opset_imports.get("", 0)
+    needed = 21 if plan.block or fmt.bits not in (8,) else 13
+    if opset < needed:
+        raise PreconditionError(
+            "PASS-OPSET",
+            f"`qdq`: {plan.format} weights{' in blocks' if plan.block else ''} need opset {needed}; "
+            f"the model has {opset}",
+            f"put `canonicalize{{opset={needed}}}` first",
+        )
+    array, in_axis, out_axis = weight_as_read(linear)
+    weight = quantize_weight(array, plan, in_axis=in_axis, out_axis=out_axis)
+    base = f"{linear.name}_weight"
+    inputs = [
+        add_initializer(graph, names.fresh(f"{base}_{what}"), data)
+        for what, data in (
+            ("quantized", weight.codes),
+            ("scale", weight.scale),
+            ("zero_point", weight.zero_point),
+        )
+    ]
+    attributes: dict[str, int] = {} if weight.axis is None else {"axis": weight.axis}
+    if plan.block:
+        attributes["block_size"] = plan.block
+    node = ir.node(
+        "DequantizeLinear", inputs, attributes, name=names.fresh(f"{base}_DequantizeLinear")
+    )
+    out = node.outputs[0]
+    out.name = names.fresh(f"{base}_dequantized")
+    out.type, out.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(array.shape)
+    insert_before(linear.node, node)
+    linear.node.replace_input_with(linear.weight_index, out)
+    blocks = f" in blocks of {plan.block}" if plan.block else ""
+    return f"DequantizeLinear, {plan.format}{blocks}"

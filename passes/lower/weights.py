@@ -1,0 +1,101 @@
+"""Integer codes, scales and zero points of a constant weight, as the plan asks for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from onnxq.calibration.ranges import weight_range
+from onnxq.errors import InternalError
+from onnxq.formats import IntFormat, affine_params, parse_format, quantize
+from onnxq.graph.match import Linear
+from onnxq.graph.match.values import attr_int
+from onnxq.passes.plan import WeightPlan
+
+Array = npt.NDArray[np.generic]
+Float = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight in integers.
+
+    Args:
+        codes: shape of the weight, integer type of the format.
+        scale: float32, ``[]`` per tensor, ``[N]`` per channel, blocked ONNX shape with blocks.
+        zero_point: shape of ``scale``, type of ``codes``.
+        axis: the axis of the scales, or None per tensor. With blocks it is the reduction axis.
+    """
+
+    codes: Array
+    scale: Float
+    zero_point: Array
+    axis: int | None
+
+
+def integer_format(name: str) -> IntFormat:
+    """The integer format called ``name``."""
+    fmt = parse_format(name)
+    if not isinstance(fmt, IntFormat):
+        raise InternalError("PLAN-FORMAT", f"`{name}` is not an integer format")
+    return fmt
+
+
+def weight_as_read(linear: Linear) -> tuple[Float, int, int]:
+    """The weight in the layout in which the node reads it, with its in and out axis."""
+    stored = linear.w
+    if linear.kind == "conv":
+        return stored, linear.in_axis, linear.out_axis
+    in_axis = 1 if linear.kind == "gemm" and attr_int(linear.node, "transB", 0) else 0
+    if linear.in_axis != in_axis:
+        stored = np.ascontiguousarray(stored.T)
+    return stored, in_axis, 1 - in_axis
+
+
+def quantize_weight(
+    weight: Float, plan: WeightPlan, *, in_axis: int, out_axis: int, least_scale: Float | None = None
+) -> QuantizedWeight:
+    """Quantize one weight.
+
+    Args:
+        weight: any layout; blocks run along ``in_axis``, channels along ``out_axis``.
+        plan: format, granularity and how ranges are chosen.
+        in_axis, out_axis: axes of the reduction and of the outputs.
+        least_scale: ``[N]`` lower bounds of the channels' scales (a bias in int32 must fit).
+    """
+    fmt = integer_format(plan.format)
+    if plan.block:
+        return _quantize_blocks(weight, plan, fmt, in_axis)
+    axis = out_axis if plan.per_channel else None
+    lo, hi = weight_range(weight, axis, plan.method, fmt, symmetric=plan.symmetric)
+    scale, zero = affine_params(lo, hi, fmt, symmetric=plan.symmetric)
+    if least_scale is not None:
+        scale = np.maximum(scale, least_scale if axis is not None else least_scale.max())
+    codes = quantize(weight, scale, zero, fmt, axis=axis)
+    return QuantizedWeight(codes, scale, zero, axis)
+
+
+def _quantize_blocks(weight: Float, plan: WeightPlan, fmt: IntFormat, axis: int) -> QuantizedWeight:
+    """Blocks of ``plan.block`` along ``axis``; the last may be shorter."""
+    moved = np.moveaxis(weight, axis, -1)
+    length = moved.shape[-1]
+    blocks = -(-length // plan.block)
+    padded = np.zeros((*moved.shape[:-1], blocks * plan.block), np.float32)
+    padded[..., :length] = moved
+    grouped = padded.reshape(-1, plan.block)
+    lo, hi = weight_range(grouped, 0, plan.method, fmt, symmetric=plan.symmetric)
+    scale, zero = affine_params(lo, hi, fmt, symmetric=plan.symmetric)
+    scale = np.moveaxis(scale.reshape(*moved.shape[:-1], blocks), -1, axis)
+    zero = np.moveaxis(zero.reshape(*moved.shape[:-1], blocks), -1, axis)
+    codes = quantize(weight, scale, zero, fmt, axis=axis, block=plan.block)
+    return QuantizedWeight(
+        codes, np.ascontiguousarray(scale), np.ascontiguousarray(zero), axis
+    )
+
+
+def ir_tensor(array: Array, fmt: IntFormat, name: str) -> ir.TensorProtocol:
+    """``array`` of codes as an IR tensor of the format's ONNX type."""
+    return ir.tensor(array.astype(fmt.numpy_dtype), name=name)

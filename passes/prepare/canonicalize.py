@@ -1,0 +1,242 @@
+"""``canonicalize``: one spelling for later passes, and nothing in the graph that does no work.
+
+Rewrites, each of which keeps the function:
+
+1. constants become initializers; what depends on constants alone is folded;
+2. ``BatchNormalization`` behind ``Conv`` goes into the Conv's weight and bias::
+
+       a = gamma / sqrt(var + eps)        W'[n] = a[n] * W[n]
+       b' = a * (b - mean) + beta
+
+3. a constant zero ``Pad`` before ``Conv`` becomes the Conv's own ``pads``;
+4. dead nodes, Identity and common subexpressions go; unused opset imports go;
+5. an opset below ``opset`` is raised with ONNX's converter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from onnxq.graph.edit import add_initializer, remove_dead, replace_value
+from onnxq.graph.match import const_array, is_const, is_op, sole_consumer
+from onnxq.graph.match.values import attr_float, attr_int, attr_ints, attr_string, node_label
+from onnxq.passes.contract import Context, Pass, PassReport
+from onnxq.passes.prepare.opset import raise_opset
+
+FOLD_LIMIT = 64 * 1024 * 1024
+"""Largest folded constant, in elements: weights behind a Transpose must pass."""
+
+
+@dataclass(frozen=True)
+class Canonicalize(Pass):
+    """Clean the graph: constants, BatchNorm, Pad, dead code, opset.
+
+    Args:
+        opset: lowest opset of the default domain that the later passes can use; 13 has
+            per-channel DequantizeLinear.
+    """
+
+    name: ClassVar[str] = "canonicalize"
+    summary: ClassVar[str] = "fold constants, BatchNorm and Pad; drop dead code; raise the opset"
+    tolerance: ClassVar[float | None] = 1e-4
+    may_match_nothing: ClassVar[bool] = True
+
+    opset: int = 13
+
+    def run(self, model: ir.Model, ctx: Context) -> PassReport:
+        """Apply all rewrites to every graph of the model."""
+        report = PassReport()
+        before = _count_nodes(model)
+        if raise_opset(model, self.opset, report):
+            report.change("model", "opset raised", f"to {self.opset}")
+        _drop_constant_inputs(model)
+        fold_constants(model)
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        for graph in (model.graph, *model.graph.subgraphs()):
+            _fold_transposed_weights(graph, model.ir_version, report)
+            _fold_batch_norms(graph, model.ir_version, report)
+            _fold_pads(graph, model.ir_version, report)
+            _drop_identities(graph)
+            _name_nodes(graph)
+        common.DeduplicateInitializersPass(size_limit=1024)(model)
+        common.CommonSubexpressionEliminationPass()(model)
+        remove_dead(model.graph)
+        common.RemoveUnusedOpsetsPass()(model)
+        after = _count_nodes(model)
+        if after < before:
+            report.change("model", "nodes removed", f"{before} to {after}")
+        return report
+
+
+def _count_nodes(model: ir.Model) -> int:
+    return sum(1 for _ in model.graph.all_nodes())
+
+
+def _drop_constant_inputs(model: ir.Model) -> None:
+    """Before IR version 4 every initializer had to be listed as an input, overridable or not."""
+    if model.ir_version is not None and model.ir_version < 4:
+        common.RemoveInitializersFromInputsPass()(model)
+
+
+def fold_constants(model: ir.Model) -> None:
+    """Evaluate what depends on constants alone, shapes of fixed size included."""
+    from onnxscript import optimizer
+
+    def small_fill(node: ir.Node) -> bool | None:
+        """ConstantOfShape is not folded unless asked for; small ones feed shapes and pads."""
+        if not is_op(node, "ConstantOfShape"):
+            return None
+        shape = const_array(node.inputs[0]) if node.inputs[0] is not None else None
+        return shape is not None and int(np.prod(shape)) <= 1024
+
+    optimizer.fold_constants(
+        model, input_size_limit=1024, output_size_limit=1024 * 1024, should_fold=small_fill
+    )
+
+
+def _name_nodes(graph: ir.Graph) -> None:
+    """Give nameless nodes the name of their output, so that globs and reports can say them."""
+    taken = {node.name for node in graph if node.name}
+    for node in graph:
+        if node.name:
+            continue
+        base = name = node_label(node)
+        count = 1
+        while name in taken:
+            count += 1
+            name = f"{base}_{count}"
+        taken.add(name)
+        node.name = name
+
+
+def _drop_identities(graph: ir.Graph) -> None:
+    """Remove Identity where neither side is what the graph itself hands out or takes in."""
+    for node in [n for n in graph if is_op(n, "Identity")]:
+        source, result = node.inputs[0], node.outputs[0]
+        if source is not None and not result.is_graph_output():
+            replace_value(result, source)
+            graph.remove(node, safe=True)
+
+
+def _fold_transposed_weights(graph: ir.Graph, ir_version: int, report: PassReport) -> None:
+    """``Transpose(initializer)`` read only by matrix products becomes an initializer."""
+    for node in list(graph):
+        if not is_op(node, "Transpose"):
+            continue
+        source, result = node.inputs[0], node.outputs[0]
+        if source is None or result.is_graph_output() or len(source.uses()) > 1:
+            continue
+        array = const_array(source, ir_version)
+        if array is None or array.size > FOLD_LIMIT or array.dtype.kind not in "fi":
+            continue
+        perm = attr_ints(node, "perm") or tuple(reversed(range(array.ndim)))
+        folded = add_initializer(
+            graph, f"{source.name}_transposed", np.ascontiguousarray(array.transpose(perm))
+        )
+        replace_value(result, folded)
+        report.change(node_label(node), "constant Transpose folded")
+        graph.remove(node, safe=True)
+
+
+def _fold_batch_norms(graph: ir.Graph, ir_version: int, report: PassReport) -> None:
+    for norm in [n for n in graph if is_op(n, "BatchNormalization")]:
+        reason = _fold_batch_norm(graph, norm, ir_version)
+        if reason is None:
+            report.change(node_label(norm), "BatchNormalization folded into Conv")
+        else:
+            report.skip(node_label(norm), reason)
+
+
+def _fold_batch_norm(graph: ir.Graph, norm: ir.Node, ir_version: int) -> str | None:
+    """Fold one BatchNormalization; a string says why it stays."""
+    x = norm.inputs[0]
+    conv = x.producer() if x is not None else None
+    if conv is None or x is None or not is_op(conv, "Conv"):
+        return "BatchNormalization is not behind a Conv"
+    if attr_int(norm, "training_mode", 0) or any(not o.name or o.uses() for o in norm.outputs[1:]):
+        return "BatchNormalization is in training mode"
+    if sole_consumer(x) is not norm:
+        return "the Conv's output has other readers"
+    params = [const_array(v, ir_version) for v in norm.inputs[1:5]]
+    weight_value = conv.inputs[1]
+    weight = const_array(weight_value, ir_version)
+    if weight is None or weight_value is None or any(p is None for p in params):
+        return "weights or statistics are not constant"
+    gamma, beta, mean, var = (np.asarray(p, np.float64) for p in params)
+    old_bias = conv.inputs[2] if len(conv.inputs) > 2 else None
+    bias = 0.0 if old_bias is None else const_array(old_bias, ir_version)
+    if bias is None:
+        return "the Conv's bias is not constant"
+    factor = gamma / np.sqrt(var + attr_float(norm, "epsilon", 1e-5))
+    folded = weight.astype(np.float64) * factor.reshape(-1, *([1] * (weight.ndim - 1)))
+    shifted = factor * (np.asarray(bias, np.float64) - mean) + beta
+    new_weight = add_initializer(graph, f"{weight_value.name}_bn", folded.astype(weight.dtype))
+    new_bias = add_initializer(graph, f"{conv.outputs[0].name}_bias", shifted.astype(weight.dtype))
+    inputs = [conv.inputs[0], new_weight, new_bias]
+    fused = ir.Node(
+        conv.domain, "Conv", inputs, conv.attributes.values(), num_outputs=1, name=conv.name
+    )
+    fused.outputs[0].name = norm.outputs[0].name
+    fused.outputs[0].type, fused.outputs[0].shape = norm.outputs[0].type, norm.outputs[0].shape
+    graph.insert_before(norm, fused)
+    replace_value(norm.outputs[0], fused.outputs[0])
+    graph.remove([norm, conv], safe=True)
+    return None
+
+
+def _fold_pads(graph: ir.Graph, ir_version: int, report: PassReport) -> None:
+    for pad in [n for n in graph if is_op(n, "Pad")]:
+        conv = sole_consumer(pad.outputs[0], "Conv")
+        if conv is None:
+            continue
+        reason = _fold_pad(graph, pad, conv, ir_version)
+        if reason is None:
+            report.change(node_label(pad), "Pad folded into Conv")
+        else:
+            report.skip(node_label(pad), reason)
+
+
+def _fold_pad(graph: ir.Graph, pad: ir.Node, conv: ir.Node, ir_version: int) -> str | None:
+    """Fold one Pad; a string says why it stays."""
+    if attr_string(pad, "mode", "constant") != "constant":
+        return "the Pad does not fill with a constant"
+    amounts = _pad_amounts(pad, ir_version)
+    if amounts is None:
+        return "the Pad's amounts are not constant"
+    if attr_string(conv, "auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+        return "the Conv pads by itself"
+    half = len(amounts) // 2
+    if any(amounts[:2]) or any(amounts[half : half + 2]) or min(amounts) < 0:
+        return "the Pad also touches batch or channels, or crops"
+    spatial = half - 2
+    own = attr_ints(conv, "pads") or (0,) * (2 * spatial)
+    extra = (*amounts[2:half], *amounts[half + 2 :])
+    conv.attributes["pads"] = ir.AttrInt64s("pads", [a + b for a, b in zip(own, extra, strict=True)])
+    conv.attributes.pop("auto_pad", None)
+    source = pad.inputs[0]
+    if source is None:
+        return "the Pad has no input"
+    replace_value(pad.outputs[0], source)
+    graph.remove(pad, safe=True)
+    return None
+
+
+def _pad_amounts(pad: ir.Node, ir_version: int) -> tuple[int, ...] | None:
+    """The Pad's amounts if it fills with zero on all axes, else None."""
+    amounts = attr_ints(pad, "pads")
+    if amounts is not None:
+        return amounts if attr_float(pad, "value", 0.0) == 0.0 else None
+    found = const_array(pad.inputs[1], ir_version) if len(pad.inputs) > 1 else None
+    if found is None or (len(pad.inputs) > 3 and pad.inputs[3] is not None):
+        return None
+    fill = pad.inputs[2] if len(pad.inputs) > 2 else None
+    if fill is not None:
+        value = const_array(fill, ir_version) if is_const(fill, ir_version) else None
+        if value is None or float(value.reshape(-1)[0]) != 0.0:
+            return None
+    return tuple(int(a) for a in found)
