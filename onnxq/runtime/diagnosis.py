@@ -50,7 +50,8 @@ class DoctorReport:
         kernels: ``operator since-version provider dtype`` of each registered kernel.
         compiler: path of a C++ compiler, None when there is none.
         extras: whether what each optional extra brings is importable.
-        problems: what does not work, each a sentence with its consequence or cure.
+        runtime_problem: why sessions cannot be made, and the cure; None when they can.
+        kernels_problem: why the kernels do not run, and the consequence; None when they do.
     """
 
     onnxq: str
@@ -68,7 +69,13 @@ class DoctorReport:
     kernels: tuple[str, ...]
     compiler: str | None
     extras: dict[str, bool]
-    problems: tuple[str, ...]
+    runtime_problem: str | None
+    kernels_problem: str | None
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What does not work, each a sentence; empty on a healthy machine."""
+        return tuple(filter(None, (self.runtime_problem, self.kernels_problem)))
 
     @property
     def healthy(self) -> bool:
@@ -77,7 +84,7 @@ class DoctorReport:
 
     def to_json(self) -> dict[str, Any]:
         """The report as one JSON object."""
-        return {**asdict(self), "healthy": self.healthy}
+        return {**asdict(self), "problems": list(self.problems), "healthy": self.healthy}
 
     def lines(self) -> list[str]:
         """The report as plain lines."""
@@ -101,44 +108,39 @@ class DoctorReport:
 
     def kernels_line(self) -> str:
         """One line on the kernels alone; loud when there are none."""
-        if self.isa is None:
-            problem = library_problem() or "no kernel level can run here"
-            return f"onnxq: WITHOUT KERNELS: {problem}"
+        if self.kernels_problem is not None:
+            return f"onnxq: WITHOUT KERNELS: {self.kernels_problem}"
         return f"onnxq: kernels built, running at level {self.isa}"
 
 
 def doctor() -> DoctorReport:
     """Look at this machine. Raises nothing: what is wrong is in ``problems``."""
-    problems: list[str] = []
+    runtime_problem: str | None = None
     providers: tuple[str, ...] = ()
     try:
         providers = tuple(require_onnxruntime().get_available_providers())
     except UnsupportedError as error:
-        problems.append(f"{error.cause}: {error.hint}")
+        runtime_problem = f"{error.cause}: {error.hint}"
 
     path = shipped_path()
     version: str | None = None
     kernels: tuple[str, ...] = ()
     levels: tuple[str, ...] = ()
     isa: str | None = None
-    problem = library_problem()
-    if path is not None and problem is None:
+    kernels_problem = library_problem()
+    if path is not None and kernels_problem is None:
         library = inspect_library(path)
         version, levels = library.version, library.isa_levels
         kernels = tuple(
             f"{row.op} {row.since_version} {row.provider} {row.dtype}" for row in library.kernels
         )
-        isa, problem = _isa_in_use(levels)
-    if problem is not None:
-        problems.append(problem)
+        isa, kernels_problem = _isa_in_use(levels)
     return DoctorReport(
         onnxq=onnxq.__version__,
         python=platform.python_version(),
         machine=platform.machine(),
         cpu=_cpu_info("model name") or platform.processor() or "unknown",
-        cpu_count=len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1,
+        cpu_count=len(os.sched_getaffinity(0)),
         cpu_features=_cpu_features(),
         onnxruntime=installed_flavours(),
         providers=providers,
@@ -151,7 +153,8 @@ def doctor() -> DoctorReport:
         extras={
             name: importlib.util.find_spec(module) is not None for name, module in _EXTRAS.items()
         },
-        problems=tuple(problems),
+        runtime_problem=runtime_problem,
+        kernels_problem=kernels_problem,
     )
 
 
