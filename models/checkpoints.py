@@ -414,7 +414,8 @@ def read_gguf(path: Path) -> LlamaCheckpoint:
     Raises:
         DataError: ``DATA-CHECKPOINT-CORRUPT`` when the file is not GGUF.
         UnsupportedError: ``UNSUPPORTED-CHECKPOINT-ARCHITECTURE`` when it holds another
-            architecture, ``UNSUPPORTED-NO-GGUF``.
+            architecture, ``UNSUPPORTED-CHECKPOINT-TENSOR`` when it holds more than a plain Llama
+            has, ``UNSUPPORTED-NO-GGUF``.
     """
     try:
         import gguf
@@ -479,9 +480,15 @@ def read_gguf(path: Path) -> LlamaCheckpoint:
 def _huggingface_name(gguf_name: str) -> str:
     """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``."""
     parts = gguf_name.split(".")
-    if parts[0] == "blk":
+    if parts[-1] == "weight" and len(parts) == 2 and parts[0] in _GGUF_NAMES:
+        return f"{_GGUF_NAMES[parts[0]]}.weight"
+    if parts[-1] == "weight" and len(parts) == 4 and parts[2] in _GGUF_LAYER_NAMES:
         return f"model.layers.{parts[1]}.{_GGUF_LAYER_NAMES[parts[2]]}.weight"
-    return f"{_GGUF_NAMES[parts[0]]}.weight"
+    raise UnsupportedError(
+        "UNSUPPORTED-CHECKPOINT-TENSOR",
+        f"the checkpoint holds {gguf_name}, which the Llama builder has no place for",
+        "give a GGUF file of a plain Llama-style model (no biases, no rope scaling)",
+    )
 
 
 def _corrupt(path: Path, kind: str, why: object) -> DataError:

@@ -112,6 +112,8 @@ def embed(
     Raises:
         DataError: the model's inputs or outputs do not fit, or its outputs are not finite.
     """
+    if not texts:
+        raise DataError("DATA-EMPTY", "there are no texts to embed", "give at least one text")
     specs = input_specs(session)
     output = pick_output(session, ("last_hidden_state", "sentence_embedding"), (3, 2))
     order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), i))
@@ -123,7 +125,7 @@ def embed(
         vectors = hidden.astype(np.float32)
         if vectors.ndim == 3:
             weights = tokens.mask[:, :, None].astype(np.float32)
-            vectors = (vectors * weights).sum(axis=1) / weights.sum(axis=1)
+            vectors = (vectors * weights).sum(axis=1) / np.maximum(weights.sum(axis=1), 1)
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
         require_finite(float(norms.sum()), "the norm of the sentence vectors")
         rows.extend(vectors / np.maximum(norms, np.finfo(np.float32).tiny))

@@ -107,7 +107,7 @@ def test_a_tokenizer_of_another_model_is_noticed(save_model, text, tokenizer):
 
 
 @pytest.mark.parametrize("kv_cache", [False, True])
-def test_stories260k_has_the_published_perplexity(shared, tmp_path, kv_cache):
+def test_stories260k_has_the_recorded_perplexity(shared, tmp_path, kv_cache):
     folder = shared / "data" / "stories260k"
     built = models.build("stories260k", tmp_path / "s.onnx", checkpoint=folder, kv_cache=kv_cache)
     text = folder / "TinyStories-valid-30KB.txt"

@@ -62,6 +62,8 @@ def test_embeddings_come_in_the_order_of_the_texts(model, table, tokenizer):
     texts = ["a b c d", "d", "b c"]
     got = embed(cpu_session(model), texts, load_tokenizer(tokenizer), batch=2)
     np.testing.assert_allclose(got, [pooled(table, text) for text in texts], atol=1e-6)
+    with pytest.raises(DataError, match="no texts"):
+        embed(cpu_session(model), [], load_tokenizer(tokenizer))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +102,7 @@ def test_a_model_that_says_the_same_of_everything_is_an_error(
 
 
 @pytest.mark.slow
-def test_minilm_has_the_published_spearman(shared, tmp_path):
+def test_minilm_has_the_recorded_spearman(shared, tmp_path):
     built = models.build("minilm", tmp_path / "m.onnx")
     got = evaluate(built.path, built.eval_task, shared / "data" / "stsb" / "sts-dev.csv")
     assert got.n == 1500

@@ -148,7 +148,7 @@ def test_broken_files_are_refused_with_a_code(tmp_path, llama2c_files):
         checkpoints.read_llama2c(weights, tokenizer)
 
 
-def write_gguf(path, architecture="llama", quantize=gguf.GGMLQuantizationType.F32):
+def write_gguf(path, architecture="llama", quantize=gguf.GGMLQuantizationType.F32, extra=None):
     """A tiny file by llama.cpp's own writer, q and k permuted as its converter does."""
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, architecture)
@@ -184,6 +184,8 @@ def write_gguf(path, architecture="llama", quantize=gguf.GGMLQuantizationType.F3
             writer.add_tensor(f"{name}.weight", packed, raw_dtype=quantize)
         else:
             writer.add_tensor(f"{name}.weight", np.ascontiguousarray(stored))
+    if extra:
+        writer.add_tensor(extra, np.zeros(64, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -226,3 +228,11 @@ def test_another_architecture_is_refused(tmp_path):
     with pytest.raises(UnsupportedError, match="bert") as caught:
         checkpoints.read_gguf(tmp_path / "m.gguf")
     assert caught.value.code == "UNSUPPORTED-CHECKPOINT-ARCHITECTURE"
+
+
+@pytest.mark.parametrize("extra", ["blk.0.attn_q.bias", "rope_freqs.weight"])
+def test_tensors_without_a_place_are_refused_not_dropped(tmp_path, extra):
+    write_gguf(tmp_path / "m.gguf", extra=extra)
+    with pytest.raises(UnsupportedError, match=extra) as caught:
+        checkpoints.read_gguf(tmp_path / "m.gguf")
+    assert caught.value.code == "UNSUPPORTED-CHECKPOINT-TENSOR"

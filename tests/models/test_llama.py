@@ -202,12 +202,13 @@ def test_stories260k_writes_fluent_english_greedily(shared, tmp_path, run_model)
     tokenizer = Tokenizer.from_file(str(built.tokenizer_path))
     model = onnx.load(built.path)
     ids = tokenizer.encode("Once upon a time").ids
-    for _ in range(24):
+    for _ in range(44):
         (logits,) = run_model(model, {"input_ids": np.array([ids])}, optimised=True)
         ids.append(int(logits[0, -1].argmax()))
-    # llama2.c's own output for this checkpoint at temperature 0 begins with this sentence.
+    # What llama2.c itself prints for this checkpoint at temperature 0 (its doc/stories260K.md).
     assert tokenizer.decode(ids).startswith(
-        "Once upon a time, there was a little girl named Lily. She loved to play outside"
+        "Once upon a time, there was a little girl named Lily. She loved to play outside in the "
+        "park. One day, she saw a big, red ball."
     )
 
 
