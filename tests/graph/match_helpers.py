@@ -147,11 +147,11 @@ def assert_scaling_changes_nothing(
     np.testing.assert_allclose(after[name] / size, before[name] / size, RTOL, ATOL)
 
 
-def shared_model(*parts: str) -> Path:
-    """A file below the shared models; skips the test where it is absent."""
+def shared(*parts: str) -> Path:
+    """A file or folder of the shared models and data; skips the test where it is absent."""
     root = os.environ.get("ONNXQ_SHARED")
     base = Path(root) if root else Path(__file__).resolve().parents[2].parent / "shared"
-    path = base.joinpath("models", *parts)
-    if not path.is_file():
-        pytest.skip(f"no {'/'.join(parts)}: set ONNXQ_SHARED to the folder of shared models")
+    path = base.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"no {'/'.join(parts)}: set ONNXQ_SHARED to the shared folder")
     return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -18,7 +19,7 @@ from . import match_helpers as mh
 RNG = np.random.default_rng(0)
 
 
-def build(name: str, folder: Path, **options: object) -> ir.Model:
+def build(name: str, folder: Path, **options: Any) -> ir.Model:
     """A model from its checkpoint; skips where it can neither be found nor fetched."""
     out = folder / "model.onnx"
     try:
@@ -86,7 +87,7 @@ def test_minilm_matches_compute_what_the_graph_computes(tmp_path: Path) -> None:
 
 
 def test_bert_tiny_of_a_real_export() -> None:
-    model = ir.load(mh.shared_model("sst2-bert-tiny", "model.onnx"))
+    model = ir.load(mh.shared("models", "sst2-bert-tiny", "model.onnx"))
     structure = analyze(model)
     assert counts(structure) == {
         "linears": 14,
@@ -105,7 +106,7 @@ def test_bert_tiny_of_a_real_export() -> None:
 
 
 def test_stories260k_has_grouped_queries(tmp_path: Path) -> None:
-    model = build("stories260k", tmp_path)
+    model = build("stories260k", tmp_path, checkpoint=mh.shared("data", "stories260k"))
     structure = analyze(model)
     assert counts(structure) == {
         "linears": 36,
@@ -128,7 +129,8 @@ def test_stories260k_has_grouped_queries(tmp_path: Path) -> None:
 
 
 def test_a_cache_bars_the_way_from_v_to_o(tmp_path: Path) -> None:
-    structure = analyze(build("stories260k", tmp_path, kv_cache=True))
+    folder = mh.shared("data", "stories260k")
+    structure = analyze(build("stories260k", tmp_path, checkpoint=folder, kv_cache=True))
     assert len(structure.attentions) == 5
     for attention in structure.attentions:
         way = structure.v_to_o(attention)
@@ -154,7 +156,7 @@ def test_smollm2_has_thirty_layers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["model.onnx", "model_unfused_bn.onnx"])
 def test_efficientnet_has_depthwise_convs_relu6_and_residuals(name: str) -> None:
-    structure = analyze(ir.load(mh.shared_model("efficientnet-lite0", name)))
+    structure = analyze(ir.load(mh.shared("models", "efficientnet-lite0", name)))
     assert Counter(linear.kind for linear in structure.linears) == {"conv": 49, "gemm": 1}
     assert sum(linear.is_depthwise for linear in structure.linears) == 16
     assert Counter(a.kind for a in structure.activations) == {"relu6": 33}
@@ -163,8 +165,8 @@ def test_efficientnet_has_depthwise_convs_relu6_and_residuals(name: str) -> None
 
 
 def test_odd_graphs_are_analyzed_down_to_their_subgraphs() -> None:
-    nested = list(analyze_all(ir.load(mh.shared_model("odd", "silero_vad", "silero_vad.onnx"))))
+    nested = list(analyze_all(ir.load(mh.shared("models", "odd", "silero_vad", "silero_vad.onnx"))))
     by_graph = {s.graph.name: len(s.linears) for s in nested if s.linears}
     assert by_graph == {"If_0_then_branch": 6, "If_0_else_branch": 6}
-    old = analyze(ir.load(mh.shared_model("odd", "ortex", "mnist.onnx")))
+    old = analyze(ir.load(mh.shared("models", "odd", "ortex", "mnist.onnx")))
     assert [linear.kind for linear in old.linears] == ["conv", "conv"]
