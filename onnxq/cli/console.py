@@ -64,20 +64,26 @@ def notice(text: str, *, loud: bool = False) -> None:
     click.echo(head + text, err=True)
 
 
-def table(
+def print_table(
     title: str,
     columns: Sequence[tuple[str, Justify]],
     rows: Iterable[Sequence[str]],
-) -> Table:
+) -> None:
+    """Print a table under its title on stdout, and an empty line."""
+    out = stdout()
+    if title:
+        out.print(title, style="bold", soft_wrap=True)
+    out.print(table(columns, rows))
+    out.print()
+
+
+def table(columns: Sequence[tuple[str, Justify]], rows: Iterable[Sequence[str]]) -> Table:
     """A table with a quiet frame; numbers are right-aligned by the caller's ``columns``."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     made = Table(
-        title=Text(title) if title else None,
-        title_justify="left",
-        title_style="bold",
         box=box.SIMPLE_HEAD,
         header_style="dim",
         pad_edge=False,

@@ -45,7 +45,7 @@ def describe(model: ir.Model, path: Path) -> dict[str, Any]:
         tensor = value.const_value
         if tensor is None:
             continue
-        row = weights.setdefault(tensor.dtype.name.lower(), {"tensors": 0, "elements": 0, "bytes": 0})
+        row = weights.setdefault(dtype_name(tensor.dtype), {"tensors": 0, "elements": 0, "bytes": 0})
         row["tensors"] += 1
         row["elements"] += int(tensor.size)
         row["bytes"] += int(tensor.nbytes)
@@ -82,6 +82,11 @@ def _nodes(model: ir.Model) -> Iterator[ir.Node]:
         yield from function.all_nodes()
 
 
+def dtype_name(dtype: ir.DataType) -> str:
+    """The number format as people write it: ``float32``, not ``FLOAT``."""
+    return {"FLOAT": "float32", "DOUBLE": "float64"}.get(dtype.name, dtype.name.lower())
+
+
 def _label(node: ir.Node) -> str:
     return f"{node.domain}::{node.op_type}" if node.domain else node.op_type
 
@@ -90,7 +95,7 @@ def _value(value: ir.Value) -> dict[str, Any]:
     shape = None if value.shape is None else [d if isinstance(d, int) else str(d) for d in value.shape]
     return {
         "name": value.name,
-        "dtype": "unknown" if value.dtype is None else value.dtype.name.lower(),
+        "dtype": "unknown" if value.dtype is None else dtype_name(value.dtype),
         "shape": shape,
     }
 
@@ -132,7 +137,6 @@ def _shape_text(shape: list[int | str] | None) -> str:
 def _print(record: dict[str, Any], *, verbose: bool) -> None:
     from onnxq.cli import console
 
-    out = console.stdout()
     opsets = ", ".join(f"{d or 'ai.onnx'} {v}" for d, v in record["opsets"].items())
     click.echo(
         f"{record['path']}  {console.size(record['bytes'])}  {record['nodes']} nodes\n"
@@ -143,17 +147,14 @@ def _print(record: dict[str, Any], *, verbose: bool) -> None:
         for value in record[side]:
             click.echo(f"{side[:-1]:7}{value['name']}  {value['dtype']} {_shape_text(value['shape'])}")
     click.echo()
-    out.print(
-        console.table(
-            "Weights",
-            [("dtype", "left"), ("tensors", "right"), ("elements", "right"), ("size", "right")],
-            [
-                (name, str(w["tensors"]), f"{w['elements']:,}", console.size(w["bytes"]))
-                for name, w in record["weights"].items()
-            ],
-        )
+    console.print_table(
+        "Weights",
+        [("dtype", "left"), ("tensors", "right"), ("elements", "right"), ("size", "right")],
+        [
+            (name, str(w["tensors"]), f"{w['elements']:,}", console.size(w["bytes"]))
+            for name, w in record["weights"].items()
+        ],
     )
-    click.echo()
     _counts("Structure", record["structure"])
     _counts("Operators", record["operators"])
     _counts("Quantization", record["quantization"])
@@ -177,6 +178,4 @@ def _counts(title: str, counts: dict[str, int]) -> None:
 
     if counts:
         rows = [(name, str(count)) for name, count in counts.items()]
-        columns: list[tuple[str, console.Justify]] = [("what", "left"), ("count", "right")]
-        console.stdout().print(console.table(title, columns, rows))
-        click.echo()
+        console.print_table(title, [("what", "left"), ("count", "right")], rows)

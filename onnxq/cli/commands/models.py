@@ -47,8 +47,8 @@ def list_models() -> None:
         )
         for info in infos
     ]
-    columns = [(name, "left") for name in ("model", "what", "task", "licence", "--set")]
-    console.stdout().print(console.table("", columns, rows))
+    names = ("model", "what", "task", "licence", "--set")
+    console.print_table("", [(name, "left") for name in names], rows)
 
 
 def _complete_name(

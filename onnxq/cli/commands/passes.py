@@ -132,23 +132,16 @@ def _list() -> None:
         for record in (*named, *passes):
             console.emit(record)
         return
-    out = console.stdout()
-    out.print(
-        console.table(
-            "Recipes",
-            [("name", "left"), ("what", "left")],
-            [(r["name"], r["summary"]) for r in named],
-        )
+    console.print_table(
+        "Recipes",
+        [("name", "left"), ("what", "left")],
+        [(r["name"], r["summary"]) for r in named],
     )
-    out.print()
-    out.print(
-        console.table(
-            "Passes",
-            [("name", "left"), ("group", "left"), ("keeps", "right"), ("what", "left")],
-            [(p["name"], p["group"], _tolerance(p["tolerance"]), p["summary"]) for p in passes],
-        )
+    console.print_table(
+        "Passes",
+        [("name", "left"), ("group", "left"), ("keeps", "right"), ("what", "left")],
+        [(p["name"], p["group"], _tolerance(p["tolerance"]), p["summary"]) for p in passes],
     )
-    out.print()
     click.echo("keeps: relative error to which a pass preserves the function; - where it quantizes")
     click.echo("`onnxq passes NAME` explains one")
 
@@ -195,13 +188,15 @@ def _print_pass(record: dict[str, Any]) -> None:
     if record["doc"]:
         click.echo(record["doc"] + "\n")
     if record["options"]:
-        columns = [("option", "left"), ("type", "left"), ("default", "left"), ("what", "left")]
         rows = [
             (o["name"], o["type"], "required" if o["required"] else o["default"], o["doc"])
             for o in record["options"]
         ]
-        console.stdout().print(console.table("Options", columns, rows))
-        click.echo()
+        console.print_table(
+            "Options",
+            [("option", "left"), ("type", "left"), ("default", "left"), ("what", "left")],
+            rows,
+        )
     for what in ("requires", "uses", "provides", "invalidates", "forbids"):
         if record[what]:
             click.echo(f"{what + ':':13}{', '.join(record[what])}")
