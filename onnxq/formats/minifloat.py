@@ -180,7 +180,8 @@ class MiniFloat(Format):
         values = as_float32(x)
         if params is not None and self.scaled:
             with np.errstate(over="ignore", invalid="ignore"):
-                values = values / params.granularity.expand(params.scale, values.shape)
+                scale = as_float32(params.granularity.expand(params.scale, values.shape))
+                values = values / scale
         saturate = self.scaled if saturate is None else saturate
         codes = self._round(np.abs(values).astype(np.float64))
         codes = np.where(codes > self.max_code, self._overflow_code(codes, saturate), codes)

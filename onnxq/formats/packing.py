@@ -38,9 +38,9 @@ def pack_bits(codes: Array, bits: int) -> bytes:
     """
     mask = np.int64((1 << bits) - 1)
     if bits in (8, 16, 32):
-        wide: Array = codes.astype(np.int64 if bits > 8 else np.int16) & mask
+        wide = codes.astype(np.int64) & mask
         return bytes(wide.astype(f"<u{bits // 8}").tobytes())
-    small: Array = codes.astype(np.int64 if bits > 8 else np.int16).ravel() & mask
+    small = codes.astype(np.int64).ravel() & mask
     per_byte = 8 // bits
     if bits < 8 and 8 % bits == 0:
         filled = np.zeros(packed_size(small.size, bits) * per_byte, np.uint8)
