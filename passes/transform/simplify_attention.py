@@ -1,13 +1,16 @@
-"""``fold-attention-bias``: take two bias Adds out of every attention block.
+"""``simplify-attention``: take work out of every softmax attention that its algebra makes idle.
 
 Softmax is blind to what is added to all scores of a query, and its rows sum to one::
 
-    q . (k_t + b_k)        = q . k_t + c(q)            the key bias cancels: drop it
-    sum_t p_t (v_t + b_v)  = sum_t p_t v_t + b_v       so b_o' = b_o + W_o^T b_v
+    q . (k_t + b_k)        = q . k_t + c(q)            1. the key bias cancels: drop it
+    sum_t p_t (v_t + b_v)  = sum_t p_t v_t + b_v       2. b_o' = b_o + W_o^T b_v
 
-Applies when only changes of shape and constant factors lie between the key layer and the scores
-(rotary embeddings move the bias by position), and when the value layer's channels can be followed
-to the output layer. A guard that turns rows of a fully masked query into zeros keeps ``b_v``.
+3. ``Where(IsNaN(p), 0, p)``, which torch writes behind a softmax for rows that are masked with
+   -inf throughout, goes when the mask is finite: finite scores cannot give NaN.
+
+1 applies when only changes of shape and constant factors lie between the key layer and the scores
+(rotary embeddings move the bias by position); 2 when the value layer's channels can be followed
+to the output layer and no guard of kind 3 is left, which would zero rows.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq.graph.edit import remove_dead, replace_value, set_bias
-from onnxq.graph.match import Attention, Linear, Structure, analyze, is_op
+from onnxq.graph.match import Attention, Linear, Structure, analyze, const_array, is_op
 from onnxq.graph.match.values import const_scalar
 from onnxq.passes.contract import Context, Pass, PassReport
 from onnxq.passes.keys import PLAN, STATISTICS
@@ -29,11 +32,11 @@ _MAX_STEPS = 12
 
 
 @dataclass(frozen=True)
-class FoldAttentionBias(Pass):
-    """Drop key biases and move value biases into the output layer."""
+class SimplifyAttention(Pass):
+    """Drop key biases and idle guards, move value biases into the output layer."""
 
-    name: ClassVar[str] = "fold-attention-bias"
-    summary: ClassVar[str] = "drop key biases, fold value biases into the output layer"
+    name: ClassVar[str] = "simplify-attention"
+    summary: ClassVar[str] = "drop key biases and idle NaN guards, fold value biases into the output layer"
     invalidates: ClassVar = (STATISTICS,)
     forbids: ClassVar = (PLAN,)
     tolerance: ClassVar[float | None] = 1e-4
@@ -44,15 +47,56 @@ class FoldAttentionBias(Pass):
         return [attention.name for attention in analyze(model).attentions]
 
     def run(self, model: ir.Model, ctx: Context) -> PassReport:
-        """Fold at every attention of the main graph."""
+        """Simplify every attention of the main graph."""
         report = PassReport()
-        for name in self.candidates(model):
-            structure = analyze(model)
-            attention = next(a for a in structure.attentions if a.name == name)
+        for attention in analyze(model).attentions:
+            _drop_guard(attention, model.ir_version, report)
+        remove_dead(model.graph)
+        structure = analyze(model)
+        for attention in structure.attentions:
             _fold_value_bias(structure, attention, report)
+        structure = analyze(model)
+        for attention in structure.attentions:
             _drop_key_bias(structure, attention, report)
         remove_dead(model.graph)
         return report
+
+
+def _guard_of(attention: Attention) -> ir.Node | None:
+    """The Where that replaces NaN behind the softmax, if there is one."""
+    guards = (n for n in attention.nodes if is_op(n, "Where") and n is not attention.mask_node)
+    return next(guards, None)
+
+
+def _drop_guard(attention: Attention, ir_version: int, report: PassReport) -> None:
+    guard = _guard_of(attention)
+    if guard is None:
+        return
+    if not all(_is_finite(addend, ir_version) for addend in attention.addends):
+        report.skip(attention.name, "guard against NaN: the mask may be infinite")
+        return
+    replace_value(guard.outputs[0], attention.softmax.outputs[0])
+    report.change(attention.name, "idle guard against NaN removed")
+
+
+def _is_finite(value: ir.Value | None, ir_version: int) -> bool:
+    """Whether every element is finite whatever the inputs: constants, chosen and reshaped."""
+    if value is None:
+        return False
+    array = const_array(value, ir_version)
+    if array is not None:
+        return bool(np.isfinite(array.astype(np.float64)).all())
+    node = value.producer()
+    if is_op(node, "Where") and node is not None:
+        return _is_finite(node.inputs[1], ir_version) and _is_finite(node.inputs[2], ir_version)
+    if is_op(node, *_SHAPE_OPS, "Expand", "Slice") and node is not None:
+        return _is_finite(node.inputs[0], ir_version)
+    return False
+
+
+def _data_readers(value: ir.Value) -> list[ir.Node]:
+    """The nodes that read the elements of ``value``, not just its shape."""
+    return [node for node in value.consumers() if not is_op(node, "Shape", "Size")]
 
 
 def _drop_key_bias(structure: Structure, attention: Attention, report: PassReport) -> None:
@@ -76,10 +120,10 @@ def _fold_value_bias(structure: Structure, attention: Attention, report: PassRep
     if bias is None or way.value.bias_add is None:
         report.skip(way.value.name, "value bias: there is none, or it is inside the product")
         return
-    if any(is_op(node, "Where", "IsNaN") for node in attention.nodes[1:] if node is not attention.mask_node):
+    if _guard_of(attention) is not None:
         report.skip(way.value.name, "value bias: fully masked rows are set to zero")
         return
-    if len(way.value.output.uses()) != 1:
+    if len(_data_readers(way.value.output)) != 1:
         report.skip(way.value.name, "value bias: the value layer has other readers")
         return
     output = way.output
@@ -96,9 +140,9 @@ def _writer_of(structure: Structure, value: ir.Value) -> Linear | None:
     for _ in range(_MAX_STEPS):
         linear = structure.linear_of(value)
         if linear is not None:
-            return linear if len(linear.output.uses()) == 1 else None
+            return linear if len(_data_readers(linear.output)) == 1 else None
         node = value.producer()
-        if node is None or len(value.uses()) != 1:
+        if node is None or len(_data_readers(value)) != 1:
             return None
         if is_op(node, *_SHAPE_OPS):
             above = node.inputs[0]
