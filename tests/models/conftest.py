@@ -75,7 +75,9 @@ def _tokenizer_bytes(vocab: int) -> bytes:
     characters = [" ", "a", "b", "c", "d"]
     filler = [chr(0x4E00 + i) for i in range(vocab - len(tokens) - len(learnt) - len(characters))]
     scored = [(t, 0.0) for t in tokens]
-    scored += [(t, -float(i)) for i, t in enumerate([*learnt, *characters, *filler])]
+    # Scores out of step with the ids: merges must follow the scores.
+    scored += [(t, -float(i * 4 % len(learnt))) for i, t in enumerate(learnt)]
+    scored += [(t, -100.0) for t in [*characters, *filler]]
     out = struct.pack("<i", 8)
     for token, score in scored:
         raw = token.encode()
