@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx.inliner
 import onnx.parser
 import onnx_ir as ir
 import onnxruntime as ort
@@ -33,6 +34,15 @@ def model_from(body: str, *, opset: int = 21, ir_version: int = 10, extra: str =
     """The model whose graph is ``body`` in ONNX text."""
     head = f'<ir_version: {ir_version}, opset_import: ["" : {opset}, "com.microsoft" : 1]>\n'
     return ir.from_proto(onnx.parser.parse_model(head + body + extra))
+
+
+def expanded(body: str, op_type: str, opset: int = 24) -> ir.Model:
+    """``body`` with ``op_type`` replaced by the function that the ONNX standard defines for it."""
+    text = f'<ir_version: 11, opset_import: ["" : {opset}]>\n{body}'
+    proto = onnx.inliner.inline_selected_functions(
+        onnx.parser.parse_model(text), [("", op_type)], exclude=False, inline_schema_functions=True
+    )
+    return ir.from_proto(proto)
 
 
 def structure_of(body: str, *, opset: int = 21, ir_version: int = 10) -> Structure:

@@ -86,6 +86,25 @@ def test_swish_of_opset_24_and_clip_with_attributes() -> None:
     assert [a.kind for a in clip.activations] == ["relu6"]
 
 
+@pytest.mark.parametrize(
+    ("operator", "kind"),
+    [
+        ("Gelu", "gelu"),
+        ('Gelu<approximate = "tanh">', "gelu_tanh"),
+        ("HardSwish", "hard_swish"),
+        ("Mish", "mish"),
+    ],
+)
+def test_the_standards_own_decomposition_matches(operator: str, kind: str) -> None:
+    model = mh.expanded(
+        f"g (float[5] x) => (float[5] y) {{ y = {operator}(x) }}", operator.split("<")[0]
+    )
+    assert len(model.graph) > 1
+    assert [(a.kind, a.x.name, a.output.name) for a in analyze(model).activations] == [
+        (kind, "x", "y")
+    ]
+
+
 def test_a_scaled_input_and_output_are_not_part_of_the_function() -> None:
     body = f"w = Mul(x, three)\n d = Div(w, r2)\n {ERF} m = Mul(w, p)\n g = Mul(m, half)\n"
     structure = mh.structure_of(f"{HEAD} {{ {body} y = Mul(g, quick) }}")

@@ -141,6 +141,13 @@ def test_the_scale_is_what_the_graph_multiplies_by() -> None:
     np.testing.assert_allclose(scores["i"], attention.scale * (Q @ KT), mh.RTOL, mh.ATOL)
 
 
+def test_a_scale_that_is_computed_is_not_known() -> None:
+    structure = mh.structure_of(
+        f"{HEAD} {{ r = Sqrt(q)\n a = Mul(q, r)\n s = MatMul(a, k)\n i = Add(s, mask)\n {PV} }}"
+    )
+    assert structure.attentions[0].scale is None
+
+
 #: one thing changed -> (nodes, words of the reason)
 NEGATIVES = {
     "another axis": (
@@ -334,3 +341,16 @@ def test_contrib_operators_are_opaque(node: str, kind: str, heads: int) -> None:
     assert isinstance(attention, FusedAttention)
     assert (attention.kind, attention.num_heads) == (kind, heads)
     assert isinstance(structure.v_to_o(attention), str)
+
+
+@pytest.mark.parametrize("shape", ["2,3,8", "2,2,3,4"])
+def test_the_standards_own_decomposition_matches(shape: str) -> None:
+    heads = "<q_num_heads = 4, kv_num_heads = 4>" if shape == "2,3,8" else ""
+    text = (
+        f"g (float[{shape}] q, float[{shape}] k, float[{shape}] v, float[3,3] m)"
+        f" => (float[{shape}] y) {{ y = Attention{heads}(q, k, v, m) }}"
+    )
+    (attention,) = analyze(mh.expanded(text, "Attention")).attentions
+    assert attention.mask is not None
+    assert attention.mask_style == "add"
+    assert attention.scale is None, "computed from the shape"

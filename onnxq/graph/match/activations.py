@@ -30,6 +30,7 @@ from onnxq.graph.match.values import (
     node_input,
     node_label,
     op_domain,
+    reads_type_only,
     sole_consumer,
     value_dtype,
     value_name,
@@ -191,7 +192,8 @@ class _Evaluation:
         node = value.producer()
         if node is None or value.index() != 0:
             return None
-        arguments = [self.of(v, depth + 1) for v in node.inputs if v is not None]
+        sources = node.inputs[:1] if is_op(node, "CastLike") else node.inputs
+        arguments = [self.of(v, depth + 1) for v in sources if v is not None]
         known = [a for a in arguments if a is not None]
         if len(known) != len(arguments):
             return None
@@ -217,8 +219,10 @@ def _apply(node: ir.Node, inputs: list[_Array], ir_version: int | None) -> _Arra
             return _BINARY[node.op_type](inputs[0], inputs[1])
         if node.op_type in _UNARY and len(inputs) == 1:
             return _UNARY[node.op_type](inputs[0])
-        if is_float_cast(node):
+        if is_float_cast(node) or node.op_type == "CastLike":
             return inputs[0]
+        if node.op_type == "Sum":
+            return np.sum(inputs, axis=0, dtype=np.float64)
         if node.op_type == "HardSigmoid":
             alpha, beta = attr_float(node, "alpha", 0.2), attr_float(node, "beta", 0.5)
             return np.clip(alpha * inputs[0] + beta, 0.0, 1.0)
@@ -252,8 +256,9 @@ def _candidates(anchor: ir.Node) -> list[ir.Value]:
         node = value.producer()
         if node is not None and (node.op_type in _BINARY or node.op_type in _UNARY):
             queue.extend((v, depth + 1) for v in node.inputs if v is not None)
-        elif node is not None and is_float_cast(node) and node.inputs[0] is not None:
-            queue.append((node.inputs[0], depth + 1))
+        elif node is not None and (is_float_cast(node) or is_op(node, "Sum", "CastLike")):
+            sources = node.inputs if is_op(node, "Sum") else node.inputs[:1]
+            queue.extend((v, depth + 1) for v in sources if v is not None)
     return list(found)
 
 
@@ -292,10 +297,10 @@ def _climb(anchor: ir.Node, x: ir.Value, ir_version: int | None) -> _Found | Non
         kind = _kind_of(y, evaluation.tolerance)
         if kind is not None:
             best = _Found(kind, x, value, tuple(evaluation.nodes))
-        following = sole_consumer(value)
-        if following is None or not following.outputs:
+        readers = [n for n in consumers(value) if not reads_type_only(n, value)]
+        if len(readers) != 1 or value.is_graph_output() or not readers[0].outputs:
             break
-        value = following.outputs[0]
+        value = readers[0].outputs[0]
     return best
 
 
@@ -308,7 +313,7 @@ def _kind_of(y: _Array, tolerance: float) -> ActivationKind | None:
 
 
 def _adds_one(anchor: ir.Node, ir_version: int | None) -> bool:
-    add = sole_consumer(anchor.outputs[0], "Add")
+    add = sole_consumer(anchor.outputs[0], "Add", "Sum")
     return add is not None and any(const_scalar(v, ir_version) == 1 for v in add.inputs)
 
 
@@ -324,7 +329,11 @@ def _not_private(found: _Found) -> str | None:
         for value in node.outputs:
             if value is found.output:
                 continue
-            outside = [n for n in consumers(value) if n not in found.nodes]
+            outside = [
+                n
+                for n in consumers(value)
+                if n not in found.nodes and not reads_type_only(n, value)
+            ]
             if outside or value.is_graph_output():
                 who = node_label(outside[0]) if outside else "the graph's outputs"
                 return f"{value_name(value)!r} inside the activation is also read by {who}"

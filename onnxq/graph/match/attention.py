@@ -28,8 +28,8 @@ from onnxq.graph.match.values import (
     op_domain,
     producer,
     rank,
+    reads_type_only,
     shape_entries,
-    sole_consumer,
     static_shape,
 )
 
@@ -297,12 +297,13 @@ def _walk_down(softmax: ir.Node) -> tuple[list[ir.Node], ir.Value, ir.Node] | st
     nodes: list[ir.Node] = []
     value = softmax.outputs[0]
     for _ in range(_MAX_STEPS):
-        guard = _nan_guard(value)
+        guard = _zero_guard(value)
         if guard is not None:
             nodes.extend(guard)
             value = guard[-1].outputs[0]
             continue
-        node = sole_consumer(value)
+        readers = [n for n in consumers(value) if not reads_type_only(n, value)]
+        node = readers[0] if len(readers) == 1 and not value.is_graph_output() else None
         if node is None:
             return "the probabilities are an output or read by several nodes"
         if is_op(node, "MatMul"):
@@ -318,16 +319,22 @@ def _walk_down(softmax: ir.Node) -> tuple[list[ir.Node], ir.Value, ir.Node] | st
     return "no MatMul reads the probabilities"
 
 
-def _nan_guard(value: ir.Value) -> tuple[ir.Node, ir.Node] | None:
-    """``Where(IsNaN(p), 0, p)``: rows that are masked throughout."""
-    readers = consumers(value)
-    if len(readers) != 2 or value.is_graph_output():
+def _zero_guard(value: ir.Value) -> tuple[ir.Node, ...] | None:
+    """``Where(row is masked throughout, 0, p)``, with its IsNaN test if that reads ``p``."""
+    if value.is_graph_output():
         return None
-    test = next((n for n in readers if is_op(n, "IsNaN")), None)
+    readers = [n for n in consumers(value) if not reads_type_only(n, value)]
     select = next((n for n in readers if is_op(n, "Where")), None)
-    if test is None or select is None or node_input(select, 2) is not value:
+    if select is None or node_input(select, 2) is not value or not _is_zero(select.inputs[1]):
         return None
-    return (test, select) if node_input(select, 0) is test.outputs[0] else None
+    tests = [n for n in readers if is_op(n, "IsNaN") and n.outputs[0] is select.inputs[0]]
+    return (*tests, select) if len(tests) + 1 == len(readers) else None
+
+
+def _is_zero(value: ir.Value | None) -> bool:
+    while (node := producer(value, "Cast", "CastLike")) is not None:
+        value = node.inputs[0]
+    return const_scalar(value) == 0
 
 
 def _runs_over_last_axis(softmax: ir.Node, q: ir.Value, k: ir.Value) -> bool:
@@ -372,7 +379,11 @@ def _total_scale(
                 numbers = [const_scalar(v, ir_version) for v in node.inputs[:2]]
                 at = 1 if numbers[1] is not None else 0
                 factor = numbers[at]
-                if factor is None or (at == 0 and is_op(node, "Div")):
+                if factor is None:
+                    if not any(is_const(v, ir_version) for v in node.inputs):
+                        return None
+                    break
+                if at == 0 and is_op(node, "Div"):
                     break
                 scale = scale * factor if is_op(node, "Mul") else scale / factor
                 value = node.inputs[1 - at]

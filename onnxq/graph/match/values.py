@@ -60,6 +60,11 @@ def sole_consumer(value: ir.Value, *op_types: str, domain: str = "") -> ir.Node 
     return readers[0]
 
 
+def reads_type_only(node: ir.Node, value: ir.Value) -> bool:
+    """Whether ``node`` uses the element type of ``value``, but none of its numbers (CastLike)."""
+    return is_op(node, "CastLike") and node.inputs[0] is not value
+
+
 def value_name(value: ir.Value | None) -> str:
     """The value's name, or "" for a left-out input."""
     return "" if value is None else value.name or ""
