@@ -170,6 +170,9 @@ def make_node(
     """A node of one of our operators, with every attribute written on it.
 
     Raises:
+        UnsupportedError: ``UNSUPPORTED-OPERATOR``, there is no operator of that name;
+            ``UNSUPPORTED-OPERATOR-DTYPE``, no kernel takes the first input's type: with the library
+            registered ONNX Runtime would refuse the model, instead of running the body.
         InternalError: ``INTERNAL-OPERATOR-NODE``, the inputs or attributes are not the operator's.
     """
     import onnx_ir as ir
@@ -183,6 +186,14 @@ def make_node(
             f"{DOMAIN}:{op_name} takes {len(operator.inputs)} inputs and the attributes "
             f"{sorted(expected)}, got {len(inputs)} and {sorted(given)}",
         )
+    dtypes = {kernel.dtype for kernel in kernels() if kernel.op == op_name}
+    dtype = inputs[0].dtype if inputs and inputs[0] is not None else None
+    if dtype is not None and _dtype_name(dtype) not in dtypes:
+        raise UnsupportedError(
+            "UNSUPPORTED-OPERATOR-DTYPE",
+            f"{DOMAIN}:{op_name} has no kernel for {_dtype_name(dtype)} activations",
+            f"it takes {', '.join(sorted(dtypes))}; cast the input",
+        )
     return ir.node(
         op_name,
         inputs,
@@ -191,6 +202,11 @@ def make_node(
         num_outputs=len(operator.outputs),
         name=name,
     )
+
+
+def _dtype_name(dtype: ir.DataType) -> str:
+    """``FLOAT`` -> ``float32``: as numpy and ops.def call it."""
+    return "float32" if dtype.name == "FLOAT" else dtype.name.lower()
 
 
 def _module_name(op_name: str) -> str:

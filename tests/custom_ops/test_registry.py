@@ -98,6 +98,13 @@ def test_make_node_refuses_other_attributes() -> None:
         custom_ops.make_node(PER_TOKEN, [])
 
 
+@pytest.mark.parametrize("dtype", [ir.DataType.DOUBLE, ir.DataType.BFLOAT16, ir.DataType.INT32])
+def test_make_node_refuses_a_type_without_a_kernel(dtype: ir.DataType) -> None:
+    with pytest.raises(UnsupportedError, match="it takes float16, float32") as caught:
+        custom_ops.make_node(PER_TOKEN, [ir.Value(name="x", type=ir.TensorType(dtype))])
+    assert caught.value.code == "UNSUPPORTED-OPERATOR-DTYPE"
+
+
 def test_output_shapes_are_inferred(library: Library) -> None:
     model = onnx.load_from_string(single_node_model(PER_TOKEN, "float32"))
     value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["M", 7])
