@@ -198,7 +198,9 @@ class MiniFloat(Format):
         the binade's start; a carry into the next binade adds up by itself.
         """
         finite = np.where(np.isfinite(magnitude), magnitude, 0.0)
-        exponent = np.maximum(np.frexp(finite)[1] - 1, 1 - self.bias)
+        lowest = 1 - self.bias
+        binary = np.where(finite > 0, np.frexp(finite)[1] - 1, lowest)  # frexp(0) is no exponent
+        exponent = np.maximum(binary, lowest)
         steps = np.rint(np.ldexp(finite, self.m - exponent)).astype(np.int64)
         codes = steps + ((exponent.astype(np.int64) + self.bias - 1) << self.m)
         return np.where(np.isfinite(magnitude), codes, self.max_code + 1)
@@ -261,7 +263,7 @@ class MiniFloat(Format):
         if self.signed:
             values = np.where(wide & sign_bit, -values, values)
         if self.specials == "fnuz":
-            values = np.where(wide == sign_bit, np.nan, values)
+            values = np.where(wide == sign_bit, -np.nan, values)
         with np.errstate(over="ignore"):
             return values.astype(np.float32)
 
