@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,7 @@ import pytest
 from onnxq.graph.edit import set_bias, set_weight
 from onnxq.graph.match import Activation, Linear, Norm, Structure, ValueToOutput, analyze
 
-Array = npt.NDArray[np.generic]
+Array = npt.NDArray[Any]
 
 #: float32 sums of at most a few thousand terms, in another order.
 RTOL, ATOL = 2e-4, 2e-5
@@ -80,7 +81,7 @@ def name_of(value: ir.Value | None) -> str:
 
 
 _ERF = np.vectorize(math.erf)
-FUNCTIONS = {
+FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: x * 0.5 * (1 + _ERF(x / math.sqrt(2))),
     "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x)),

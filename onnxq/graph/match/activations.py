@@ -222,7 +222,7 @@ def _apply(node: ir.Node, inputs: list[_Array], ir_version: int | None) -> _Arra
         if is_float_cast(node) or node.op_type == "CastLike":
             return inputs[0]
         if node.op_type == "Sum":
-            return np.sum(inputs, axis=0, dtype=np.float64)
+            return np.asarray(np.sum(inputs, axis=0), np.float64)
         if node.op_type == "HardSigmoid":
             alpha, beta = attr_float(node, "alpha", 0.2), attr_float(node, "beta", 0.5)
             return np.clip(alpha * inputs[0] + beta, 0.0, 1.0)
