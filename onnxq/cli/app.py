@@ -111,6 +111,7 @@ def _version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
 
 
 @click.group(
+    "onnxq",
     cls=App,
     epilog=EPILOG,
     context_settings={

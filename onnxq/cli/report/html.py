@@ -101,6 +101,10 @@ def _tile(name: str, big: str, unit: str, note: str) -> str:
     )
 
 
+def _decibel(value: float) -> str:
+    return f"{value:.1f}" if math.isfinite(value) else "exact"
+
+
 def _tiles(view: RunView) -> str:
     ratio = view.bytes_before / view.bytes_after
     after, unit = size(view.bytes_after).split()
@@ -114,8 +118,7 @@ def _tiles(view: RunView) -> str:
         tiles.append(_tile("Speed", f"{fast.ratio:.2f}", "x fp32", note))
     if view.worst is not None:
         tiles.append(_tile("Cosine", f"{view.worst.cosine:.5f}", "", f"to fp32, {view.samples}"))
-        sqnr = f"{view.worst.sqnr_db:.1f}" if math.isfinite(view.worst.sqnr_db) else "exact"
-        tiles.append(_tile("SQNR", sqnr, "dB", f"output {view.worst.name}"))
+        tiles.append(_tile("SQNR", _decibel(view.worst.sqnr_db), "dB", f"output {view.worst.name}"))
     if view.weight_bits is not None:
         tiles.append(_tile("Weights", f"{view.weight_bits:.2f}", "bits", "mean of a weight"))
     quantized = sum(c.mode != "float" for c in view.cells)
@@ -173,7 +176,7 @@ def _layers(layers: Sequence[ErrorView]) -> str:
     top = max([*finite, 1.0])
     rows = "".join(
         f'<tr><td class="name mono">{escape(e.name)}</td><td class="wide-only">{escape(e.op)}</td>'
-        f'<td class="n">{e.sqnr_db:.1f}</td><td class="n">{e.cosine:.5f}</td>'
+        f'<td class="n">{_decibel(e.sqnr_db)}</td><td class="n">{e.cosine:.5f}</td>'
         f'<td class="bar"><i{" class=low" if e.sqnr_db < 10 else ""} '
         f'style="width:{max(1.0, 100 * min(e.sqnr_db, top) / top):.1f}%"></i></td></tr>'
         for e in ordered

@@ -1,0 +1,53 @@
+"""``onnxq run``: quantize a model with a pipeline of passes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from onnxq.cli.commands.passes import complete_name
+from onnxq.cli.options import FILE, calibration, common, threads
+
+
+@click.command("run", short_help="Quantize a model with a pipeline of passes.")
+@click.argument("model", type=FILE)
+@click.option(
+    "--passes",
+    required=True,
+    metavar="PIPELINE",
+    shell_complete=complete_name,
+    help="Pipeline text, a recipe's name, or @recipe.toml. Quote it: the shell expands {a,b}.",
+)
+@click.option(
+    "-o",
+    "--out",
+    type=FILE,
+    metavar="FILE",
+    help="The .onnx to write; by default MODEL.q.onnx beside MODEL.",
+)
+@calibration(required=False)
+@click.option("--target", metavar="NAME", help="Runtime of the output.  [default: cpu]")
+@threads
+@click.option("--seed", type=int, help="The only source of randomness.  [default: 0]")
+@click.option(
+    "--min-cosine",
+    type=click.FloatRange(-1.0, 1.0),
+    help="Exit with 3, writing nothing, when an output is farther from fp32.",
+)
+@click.option("--allow-noop", is_flag=True, help="Accept passes that match nothing.")
+@click.option("--dry-run", is_flag=True, help="Show what each pass would match; write nothing.")
+@click.option("--dump-dir", type=FILE, metavar="DIR", help="Keep the model after each pass there.")
+@click.option("--resume", is_flag=True, help="Go on behind the last complete pass in --dump-dir.")
+@click.option("--bisect", is_flag=True, help="Find the first rewrite that breaks the model.")
+@click.option("--no-verify", is_flag=True, help="Skip the comparisons with fp32.")
+@click.option("--report", type=FILE, metavar="FILE", help="Write one HTML page about the run.")
+@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@click.option("-v", "--verbose", is_flag=True, help="List each site.")
+@common
+def command(model: Path, passes: str, out: Path | None, **options: Any) -> int:
+    """Quantize MODEL with a pipeline of passes, compare it with fp32, and say what happened."""
+    from onnxq.cli.running import execute
+
+    return execute(model, passes, out, options)
