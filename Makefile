@@ -32,35 +32,35 @@ help:
 
 # $(call install,EXTRAS): one environment; emptied first when it holds the other onnxruntime.
 define install
-	if [ -d $(VENV) ] && ! ls $(VENV)/.installed-$(EXTRA)* >/dev/null 2>&1; then rm -rf $(VENV); fi
-	if [ ! -x $(BIN)/python ]; then \
+	@if [ -d $(VENV) ] && ! ls $(VENV)/.installed-$(EXTRA)* >/dev/null 2>&1; then rm -rf $(VENV); fi
+	@if [ ! -x $(BIN)/python ]; then \
 	  $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); $(PYTHON) -m virtualenv $(VENV); } || \
 	  { echo "onnxq: cannot make a virtual environment; install python3-venv or virtualenv" >&2; exit 1; }; \
 	fi
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(1)]'
-	$(BIN)/python -m onnxq.runtime
+	@$(BIN)/python -m onnxq.runtime
 endef
 
 $(RUN_STAMP): $(BUILD_INPUTS)
 	$(call install,$(EXTRA))
-	touch $@
+	@touch $@
 
 $(DEV_STAMP): $(BUILD_INPUTS)
 	$(call install,$(EXTRA)$(comma)dev)
-	touch $(RUN_STAMP) $@
+	@touch $(RUN_STAMP) $@
 
 # The main job: build MiniLM, quantize it, print the table. Calibrates on STS-B train sentences
 # where the shared data is at hand, otherwise on the sentences that the project ships.
 run: $(RUN_STAMP)
-	mkdir -p $(OUT)
-	if [ -f "$(SHARED)/data/stsb/sts-train.csv" ]; then \
+	@mkdir -p $(OUT)
+	@if [ -f "$(SHARED)/data/stsb/sts-train.csv" ]; then \
 	  awk -F'\t' 'NR % 89 == 1 && n++ < 64 { print $$6 }' "$(SHARED)/data/stsb/sts-train.csv" \
 	    > $(OUT)/calibration.txt; \
 	else \
 	  head -n 64 models/sentences.txt > $(OUT)/calibration.txt; \
 	fi
 	$(BIN)/onnxq models build minilm -o $(OUT)/minilm.onnx
-	$(BIN)/onnxq run $(OUT)/minilm.onnx -o $(OUT)/minilm-w8a8.onnx --passes w8a8 \
+	$(BIN)/onnxq run $(OUT)/minilm.onnx -o $(OUT)/minilm-w8a8.onnx --passes w8a8 --force \
 	  --calib $(OUT)/calibration.txt --tokenizer $(OUT)/minilm.tokenizer.json
 
 test: $(DEV_STAMP)
