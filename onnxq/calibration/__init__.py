@@ -1,0 +1,1 @@
+"""What passes want to know about activations, collected in one sweep over the samples."""

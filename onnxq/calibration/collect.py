@@ -8,7 +8,7 @@ takes to keep the ones alive at once under a limit. Nothing that is kept grows w
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
@@ -87,7 +87,7 @@ def collect(
     source = str(getattr(data, "source", ""))
     if not wanted:
         return Statistics(source=source)
-    total = len(data) if isinstance(data, Sized) else None
+    total = len(data)
     first = next(iter(data), None)
     if first is None:
         raise DataError(
@@ -107,8 +107,7 @@ def collect(
             for samples, feeds in enumerate(data, start=1):
                 sweep.add(feeds, samples - 1)
                 if progress is not None:
-                    expected = None if total is None else total * len(sweeps)
-                    progress("calibrate", number * (total or samples) + samples, expected)
+                    progress("calibrate", number * total + samples, total * len(sweeps))
             answers.update(sweep.answers())
     return Statistics({r: answers[r] for r in wanted}, samples=samples, source=source)
 
@@ -269,7 +268,7 @@ class _Sweep:
         """Run one sample and count it."""
         results = self._run(self._fetches(), feeds, sample)
         dirty = [r for r in self._part.reduced if not self._reduce(r, results)]
-        self._observe_raw(results, feeds, sample)
+        self._observe_raw(results, feeds)
         if dirty:
             self._guarded.update(dirty)
             del results
@@ -368,7 +367,7 @@ class _Sweep:
             stat.add(gram, count)
         return True
 
-    def _observe_raw(self, results: dict[str, Any], feeds: Feeds, sample: int) -> None:
+    def _observe_raw(self, results: dict[str, Any], feeds: Feeds) -> None:
         key = _sample_key(feeds) if self._takes_rows else np.uint64(0)
         masks: dict[str, npt.NDArray[np.bool_]] = {}
         for value, requests in self._part.raw.items():
@@ -441,7 +440,7 @@ def _sample_key(feeds: Feeds) -> np.uint64:
     for name in sorted(feeds):
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(feeds[name]).tobytes())
-    return np.frombuffer(digest.digest(), np.uint64)[0]
+    return np.uint64(int.from_bytes(digest.digest(), "little"))
 
 
 def _row_keys(key: np.uint64, count: int) -> npt.NDArray[np.uint64]:

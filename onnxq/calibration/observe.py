@@ -1,4 +1,4 @@
-"""Builds the model of a sweep: the original graph with observers appended and other outputs dropped.
+"""Builds the model of a sweep: the original graph with observers for its only outputs.
 
 Observers work in float32: values of other float types are cast first. Two forms exist. The plain
 one reduces the value as it is and also sums it: the sum is finite only if every element was (a
