@@ -17,11 +17,14 @@ DATA-FUNCTION-DEPTH        nests model-local functions deeper than MAX_FUNCTION_
 DATA-FUNCTION-EXPANSION    would have more than MAX_EXPANDED_NODES nodes with functions inlined
 DATA-CYCLE                 has nodes that wait for one another
 DATA-UNDEFINED-VALUE       reads a value that nothing defines
+DATA-TENSOR-TYPE           has a tensor of an unknown element type
+DATA-TENSOR-SHAPE          has a tensor with a negative dimension
 DATA-TENSOR-SIZE           has a tensor with more or fewer bytes than its shape needs
 DATA-INVALID-MODEL         breaks another rule of the ONNX standard (message of onnx.checker)
 UNSUPPORTED-IR-VERSION     is newer or older than the installed onnx reads
 UNSUPPORTED-OPSET          is newer than the installed onnx
 UNSUPPORTED-SPARSE         has sparse tensors
+UNSUPPORTED-SEGMENT        has a tensor stored in segments
 UNSUPPORTED-TRAINING       has training info
 =========================  ====================================================================
 """

@@ -17,6 +17,7 @@ DATA-EXTERNAL-FIELDS           has a malformed offset, length or key
 DATA-EXTERNAL-RANGE            reaches past the end of its file
 DATA-EXTERNAL-LENGTH           has a length that is not the size of the tensor
 DATA-EXTERNAL-TOTAL            is larger, all tensors together, than the cap
+DATA-EXTERNAL-UNREADABLE       cannot be opened for another reason
 DATA-FILE-CHANGED              was changed or replaced after the model was loaded
 =============================  ====================================================================
 """

@@ -148,10 +148,11 @@ def _save_internal(model: ir.Model, target: Path) -> SavedModel:
     with temporary_for(target) as graph:
         wire.write_model(graph.file, proto, streamed)
         graph.flush()
+        size = graph.file.tell()
         with locked_folder(target.parent):
             graph.put_in_place()
             _remove_old_data(target, keep=None, model=model)
-    return SavedModel(target, target.stat().st_size, None)
+    return SavedModel(target, size, None)
 
 
 def _save_external(model: ir.Model, target: Path, threshold: int) -> SavedModel:
@@ -173,10 +174,11 @@ def _save_external(model: ir.Model, target: Path, threshold: int) -> SavedModel:
         graph.file.write(proto.SerializeToString(deterministic=True))
         data.flush()
         graph.flush()
+        size = data.file.tell() + graph.file.tell()
         with locked_folder(target.parent):
             _commit(data, data_path, digest, graph)
             _remove_old_data(target, keep=data_path, model=model)
-    return SavedModel(target, target.stat().st_size + data_path.stat().st_size, data_path)
+    return SavedModel(target, size, data_path)
 
 
 def _commit(data: Temporary, data_path: Path, digest: str, graph: Temporary) -> None:

@@ -218,6 +218,10 @@ def test_data_is_a_folder(folder: Path) -> None:
     refused(external_model(folder), "DATA-EXTERNAL-NOT-REGULAR")
 
 
+def test_data_with_a_name_that_is_too_long(folder: Path) -> None:
+    refused(external_model(folder, location="w" * 300), "DATA-EXTERNAL-UNREADABLE")
+
+
 def test_external_strings_are_refused(folder: Path) -> None:
     model = onnx.load(external_model(folder, data=SECRET), load_external_data=False)
     model.graph.initializer[0].data_type = onnx.TensorProto.STRING
