@@ -25,7 +25,12 @@ from onnxq.formats import IntFormat, parse_format
 from onnxq.graph.match import Linear, Structure, analyze, analyze_all
 from onnxq.passes.contract import Context, Pass, PassReport
 from onnxq.passes.decide.calibrate import RANGE_RULE
-from onnxq.passes.decide.integer_regions import IntegerOp, find_integer_ops, output_of_conv
+from onnxq.passes.decide.integer_regions import (
+    IntegerOp,
+    find_integer_ops,
+    known_bounds,
+    output_of_conv,
+)
 from onnxq.passes.keys import PLAN, STATISTICS
 from onnxq.passes.plan import Mode, QuantPlan, SitePlan, ValuePlan, WeightPlan
 from onnxq.passes.targets import Target
@@ -214,8 +219,11 @@ class Assign(Pass):
             for op in find_integer_ops(structure)
             if op.keeps_codes
         }
+        written = {str(out.name): out for node in structure.graph for out in node.outputs}
         for value in sorted(plan.used_values()):
             lo, hi = rule.range_of(statistics, value, fmt, symmetric=symmetric)
+            least, most = known_bounds(written.get(value))
+            lo, hi = max(lo, least), min(hi, most)
             plan.values[value] = ValuePlan(
                 name, lo, hi, symmetric, rule.method, same_as=shares.get(value)
             )

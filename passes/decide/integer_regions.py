@@ -7,12 +7,19 @@ holds. Relu and Clip vanish into the range of the value that they write.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from onnxq.graph.match import Linear, Structure, is_op, sole_consumer
-from onnxq.graph.match.values import is_const, node_label
+from onnxq.graph.match.values import (
+    attr_float,
+    const_scalar,
+    is_const,
+    node_input,
+    node_label,
+)
 
 _COMPUTING = ("Add", "Concat", "AveragePool", "GlobalAveragePool")
 _CODE_KEEPING = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze")
@@ -48,6 +55,33 @@ def output_of_conv(linear: Linear) -> ir.Value:
 def _behind_clamp(value: ir.Value) -> ir.Value:
     clamp = sole_consumer(value, "Relu", "Clip")
     return value if clamp is None else clamp.outputs[0]
+
+
+def known_bounds(value: ir.Value | None) -> tuple[float, float]:
+    """Bounds that the operator which wrote ``value`` guarantees, infinite where it does not.
+
+    Codes beyond them would be wasted, and onnxruntime only drops a Relu or Clip in front of a
+    QuantizeLinear whose range lies within its bounds.
+    """
+    node = None if value is None else value.producer()
+    if node is None:
+        return -math.inf, math.inf
+    if is_op(node, "Relu"):
+        return 0.0, math.inf
+    if is_op(node, "Sigmoid", "Softmax"):
+        return 0.0, 1.0
+    if is_op(node, "Clip"):
+        return _clip_bound(node, 1, "min", -math.inf), _clip_bound(node, 2, "max", math.inf)
+    return -math.inf, math.inf
+
+
+def _clip_bound(clip: ir.Node, index: int, attribute: str, default: float) -> float:
+    """A Clip's bound: an attribute before opset 11, an input since."""
+    value = node_input(clip, index)
+    if value is None:
+        return attr_float(clip, attribute, default)
+    bound = const_scalar(value)
+    return default if bound is None else bound
 
 
 def find_integer_ops(structure: Structure) -> list[IntegerOp]:

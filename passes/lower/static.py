@@ -50,7 +50,7 @@ class StaticLowering:
         linear.node.replace_input_with(
             linear.weight_index, self._dequantize_weight(linear, weight, site.weight.format)
         )
-        if linear.bias is not None and linear.bias_add is None:
+        if linear.kind == "gemm" and linear.bias is not None:
             self._quantize_bias(linear, weight, self._params[name][2])
         if not site.weight.per_channel:
             return f"Q/DQ, {site.weight.format} per tensor"
@@ -141,18 +141,23 @@ class StaticLowering:
     ) -> ir.Value:
         base = f"{linear.name}_weight"
         fmt = integer_format(fmt_name)
+        codes = weight.codes.astype(fmt.numpy_dtype)
         inputs = [
-            add_initializer(
-                self._graph, self._names.fresh(f"{base}_quantized"), weight.codes.astype(fmt.numpy_dtype)
-            ),
+            add_initializer(self._graph, self._names.fresh(f"{base}_quantized"), codes),
             add_initializer(self._graph, self._names.fresh(f"{base}_scale"), weight.scale),
-            add_initializer(self._graph, self._names.fresh(f"{base}_zero_point"), weight.zero_point),
         ]
+        # Zero is the default, but onnxruntime's QGemm is only fused when it is spelled out.
+        if linear.kind == "gemm" or weight.zero_point.any():
+            zero = self._names.fresh(f"{base}_zero_point")
+            inputs.append(add_initializer(self._graph, zero, weight.zero_point))
         attributes = {} if weight.axis is None else {"axis": weight.axis}
         return self._dequantize(linear, inputs, attributes, base)
 
     def _quantize_bias(self, linear: Linear, weight: QuantizedWeight, activation: float) -> None:
-        """The bias in int32 at the scale of the accumulator, as integer kernels take it."""
+        """The bias in int32 at the scale of the accumulator, as onnxruntime's QGemm takes it.
+
+        A Conv's bias stays float: onnxruntime rounds it by itself when it fuses.
+        """
         bias = linear.b
         if bias is None or linear.bias is None:
             return
