@@ -148,7 +148,8 @@ def test_without_a_compiler(checkout: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     child = subprocess.run(
-        [sys.executable, "-m", "onnxq.runtime"],
+        # -S: the finder of an editable installation would come first.
+        [sys.executable, "-S", "-m", "onnxq.runtime"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
         capture_output=True,
