@@ -205,7 +205,8 @@ class Observers:
         if axes is not None and not axes:
             # Reducing over no axis: every element is its own group.
             return self._elementwise(op, value)
-        inputs, attributes = [value], {"keepdims": keepdims}
+        inputs = [value]
+        attributes: dict[str, int | list[int]] = {"keepdims": keepdims}
         if axes is not None:
             if self._opset >= _AXES_INPUT_SINCE.get(op, _AXES_INPUT_SINCE_OTHERS):
                 inputs.append(self._constant(np.array(axes, np.int64)))

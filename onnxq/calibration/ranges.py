@@ -281,7 +281,11 @@ class _MseSearch:
         best = (np.inf, float(scales[0]), int(zero_points[0]))
         for scale in scales:
             s = float(scale) / self._unit
-            errors = self._errors(s, s * zero_points, s * (zero_points + steps))
+            lo, hi = (
+                s * zero_points.astype(np.float64),
+                s * (zero_points + steps).astype(np.float64),
+            )
+            errors = self._errors(s, lo, hi)
             index = int(np.argmin(errors))
             if errors[index] < best[0]:
                 best = (float(errors[index]), float(scale), int(zero_points[index]))

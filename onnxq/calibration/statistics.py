@@ -197,7 +197,7 @@ class ChannelStat:
         return {}, {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
     @classmethod
-    def from_storage(cls, header: Header, arrays: Mapping[str, Array]) -> Self:  # noqa: ARG003
+    def from_storage(cls, header: Header, arrays: Mapping[str, Array]) -> Self:
         """The inverse of :meth:`to_storage`."""
         return cls(**{f.name: arrays[f.name] for f in dataclasses.fields(cls)})
 
@@ -246,7 +246,7 @@ class Histogram:
 
     def edges(self) -> Float64:
         """``[BINS + 1]`` edges of the bins."""
-        return (np.arange(BINS + 1) - BINS // 2) * self.width
+        return np.arange(-BINS // 2, BINS // 2 + 1, dtype=np.float64) * self.width
 
     def add(self, values: Array, scratch: Scratch | None = None) -> None:
         """Count the finite elements of ``values``, float32 or float64 of any shape."""
@@ -611,15 +611,14 @@ class Statistics:
             )
         grouped: dict[int, dict[str, Array]] = {}
         for key, array in arrays.items():
-            number, name = key.split("/", 1)
-            grouped.setdefault(int(number), {})[name] = array
+            place, name = key.split("/", 1)
+            grouped.setdefault(int(place), {})[name] = array
         stats: dict[StatRequest, AnyStat] = {}
         try:
             for number, entry in enumerate(header["stats"]):
                 request = StatRequest(**entry["request"])
-                stats[request] = _CLASSES[request.kind].from_storage(
-                    entry["header"], grouped.get(number, {})
-                )
+                parts = grouped.get(number, {})
+                stats[request] = _CLASSES[request.kind].from_storage(entry["header"], parts)
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
                 "STAT-STORAGE", f"stored statistics are damaged: {error!r}", "calibrate again"
