@@ -59,7 +59,7 @@ class App(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
-    def main(  # type: ignore[override]
+    def main(
         self,
         args: Sequence[str] | None = None,
         prog_name: str | None = None,
@@ -88,7 +88,7 @@ class App(click.Group):
         except click.exceptions.Exit as error:
             return error.exit_code
         except click.exceptions.NoArgsIsHelpError as error:
-            click.echo(error.ctx.get_help() if error.ctx else "", err=True)
+            click.echo(error.format_message(), err=True)
             return 2
         except (KeyboardInterrupt, click.Abort) as error:
             return failure.leave_interrupted(error, state)

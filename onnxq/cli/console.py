@@ -30,9 +30,7 @@ def stdout() -> Console:
     from rich.console import Console
 
     piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    return Console(
-        width=PIPE_WIDTH if piped else None, highlight=False, markup=False, emoji=False
-    )
+    return Console(width=PIPE_WIDTH if piped else None, highlight=False, markup=False, emoji=False)
 
 
 def emit(record: Mapping[str, Any]) -> None:
@@ -116,6 +114,11 @@ def milliseconds(seconds: float) -> str:
     """A duration with three significant digits."""
     value = seconds * 1000
     return f"{value:.{max(0, 2 - len(str(int(value))) + 1)}f} ms"
+
+
+def counted(count: int, what: str) -> str:
+    """``1 thread``, ``2 threads``."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def grouped(reasons: Iterable[str]) -> list[tuple[int, str]]:

@@ -29,7 +29,7 @@ class Terminated(KeyboardInterrupt):
 def install_sigterm() -> None:
     """Let SIGTERM unwind the stack instead of killing the process on the spot."""
 
-    def handler(signum: int, frame: FrameType | None) -> NoReturn:
+    def handler(_number: int, _frame: FrameType | None) -> NoReturn:
         raise Terminated
 
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,18 +54,38 @@ class PassView:
 
 @dataclass(frozen=True)
 class ErrorView:
-    """How far a value is from its float self: cosine in [-1, 1], SQNR in dB."""
+    """How far a value is from its float self.
+
+    Args:
+        name: of the value.
+        cosine: mean over samples, in [-1, 1].
+        sqnr_db: signal to quantization noise in dB.
+        op: operator that makes it, for inner values.
+        cosine_min: least over samples, for outputs.
+        samples: how many were compared, for outputs.
+        flags: what is plainly broken, ``all-zero`` for example.
+    """
 
     name: str
     cosine: float
     sqnr_db: float
     op: str = ""
+    cosine_min: float | None = None
+    samples: int = 0
+    flags: tuple[str, ...] = ()
+
+    @property
+    def badness(self) -> tuple[bool, float]:
+        """Sort key, the worst first: broken ones, then those with the least cosine."""
+        broken = bool(self.flags) or math.isnan(self.cosine)
+        return not broken, self.cosine if not broken else 0.0
 
     def to_json(self) -> dict[str, Any]:
         """JSON-serialisable data."""
         return {
             "name": self.name,
             "op": self.op,
+            **({"flags": list(self.flags)} if self.flags else {}),
             "cosine": finite(self.cosine),
             "sqnr_db": finite(self.sqnr_db),
         }
@@ -172,7 +193,7 @@ class RunView:
     @property
     def worst(self) -> ErrorView | None:
         """The output that is farthest from fp32."""
-        return min(self.errors, key=lambda e: e.cosine, default=None)
+        return min(self.errors, key=lambda e: e.badness, default=None)
 
     def verdict(self) -> str:
         """One line that says it all and can be pasted into a report."""

@@ -224,7 +224,9 @@ def test_no_color_is_honoured() -> None:
 def test_narrow_terminal_does_not_garble(columns: int) -> None:
     text = _on_terminal(["models", "list"], columns, NO_COLOR="1")
     lines = [line.rstrip("\r") for line in text.split("\n")]
-    plain = [line.replace("\x1b[1m", "").replace("\x1b[2m", "").replace("\x1b[0m", "") for line in lines]
+    plain = [
+        line.replace("\x1b[1m", "").replace("\x1b[2m", "").replace("\x1b[0m", "") for line in lines
+    ]
     assert max(len(line) for line in plain) <= columns
     squeezed = "".join(text.split())
     assert "minilm" in squeezed.replace("│", "")

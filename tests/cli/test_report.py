@@ -139,7 +139,9 @@ def test_blocks_follow_the_layers(run_view: RunView) -> None:
     assert names == ["embeddings", *(f"encoder.layer.{i}" for i in range(6))]
 
 
-def test_write_is_atomic(run_view: RunView, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_is_atomic(
+    run_view: RunView, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "r.html"
     path.write_text("old")
 

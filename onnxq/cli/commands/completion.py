@@ -12,7 +12,7 @@ from onnxq.errors import InternalError
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @common
 def command(shell: str) -> None:
-    """Print the shell completion script.
+    r"""Print the shell completion script.
 
     \b
     bash:  eval "$(onnxq completion bash)"        in ~/.bashrc

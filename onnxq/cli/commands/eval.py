@@ -13,9 +13,7 @@ from onnxq.errors import SpecError
 
 @click.command("eval", short_help="Evaluate a model on a task.")
 @click.argument("model", type=FILE)
-@click.option(
-    "--task", required=True, metavar="TASK", help="sts, perplexity, imagenet or sst2."
-)
+@click.option("--task", required=True, metavar="TASK", help="sts, perplexity, imagenet or sst2.")
 @click.option("--data", type=FILE, required=True, metavar="PATH", help="The task's file or folder.")
 @click.option("--tokenizer", type=FILE, metavar="FILE", help="By default the one beside MODEL.")
 @click.option("--batch", type=click.IntRange(min=1), help="Examples a run.")

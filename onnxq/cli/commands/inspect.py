@@ -45,7 +45,9 @@ def describe(model: ir.Model, path: Path) -> dict[str, Any]:
         tensor = value.const_value
         if tensor is None:
             continue
-        row = weights.setdefault(dtype_name(tensor.dtype), {"tensors": 0, "elements": 0, "bytes": 0})
+        row = weights.setdefault(
+            dtype_name(tensor.dtype), {"tensors": 0, "elements": 0, "bytes": 0}
+        )
         row["tensors"] += 1
         row["elements"] += int(tensor.size)
         row["bytes"] += int(tensor.nbytes)
@@ -92,7 +94,9 @@ def _label(node: ir.Node) -> str:
 
 
 def _value(value: ir.Value) -> dict[str, Any]:
-    shape = None if value.shape is None else [d if isinstance(d, int) else str(d) for d in value.shape]
+    shape = (
+        None if value.shape is None else [d if isinstance(d, int) else str(d) for d in value.shape]
+    )
     return {
         "name": value.name,
         "dtype": "unknown" if value.dtype is None else dtype_name(value.dtype),
@@ -145,7 +149,9 @@ def _print(record: dict[str, Any], *, verbose: bool) -> None:
     )
     for side in ("inputs", "outputs"):
         for value in record[side]:
-            click.echo(f"{side[:-1]:7}{value['name']}  {value['dtype']} {_shape_text(value['shape'])}")
+            click.echo(
+                f"{side[:-1]:7}{value['name']}  {value['dtype']} {_shape_text(value['shape'])}"
+            )
     click.echo()
     console.print_table(
         "Weights",

@@ -51,9 +51,7 @@ def list_models() -> None:
     console.print_table("", [(name, "left") for name in names], rows)
 
 
-def _complete_name(
-    _ctx: click.Context, _param: click.Parameter, incomplete: str
-) -> list[str]:
+def _complete_name(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
     from onnxq.models import available
 
     return [info.name for info in available() if info.name.startswith(incomplete)]
@@ -69,9 +67,7 @@ def _complete_name(
     "--checkpoint", type=FILE, metavar="PATH", help="A folder, weights file or wheel to read."
 )
 @common
-def build_model(
-    name: str, out: Path, settings: tuple[str, ...], checkpoint: Path | None
-) -> None:
+def build_model(name: str, out: Path, settings: tuple[str, ...], checkpoint: Path | None) -> None:
     """Build the model NAME from its checkpoint; its tokenizer is written beside it."""
     from onnxq.cli import console
     from onnxq.cli.state import current
@@ -82,12 +78,12 @@ def build_model(
         key, separator, value = setting.partition("=")
         if not separator:
             raise SpecError(
-                "MODEL-OPTION", f"`--set {setting}` has no `=`", "write --set KEY=VALUE"
+                "SPEC-MODEL-OPTION", f"`--set {setting}` has no `=`", "write --set KEY=VALUE"
             )
         options[key] = value
     built = build(name, out, checkpoint=checkpoint, **options)
     state = current()
-    files = [p for p in (built.path, built.tokenizer_path) if p is not None]
+    files = [built.path, built.tokenizer_path]
     state.written += files
     if state.json:
         console.emit(

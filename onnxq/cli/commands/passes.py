@@ -172,7 +172,7 @@ def _explain(name: str) -> None:
 
 def _print_recipe(record: dict[str, Any]) -> None:
     click.echo(f"{record['name']}: {record['summary']}\n")
-    click.echo(f"  --passes \"{record['passes']}\"")
+    click.echo(f'  --passes "{record["passes"]}"')
     if record["target"]:
         click.echo(f"  --target {record['target']}")
     if record["doc"]:

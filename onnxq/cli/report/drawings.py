@@ -126,8 +126,8 @@ def legend(cells: Iterable[CellView]) -> str:
     cells = list(cells)
     present = {tone(c) for c in cells}
     items = [
-        f'<li><svg width="11" height="11"><rect class="{key}" width="11" height="11" rx="1.5"/></svg>'
-        f"{text}</li>"
+        f'<li><svg width="11" height="11"><rect class="{key}" width="11" height="11" rx="1.5"/>'
+        f"</svg>{text}</li>"
         for key, text in names.items()
         if key in present
     ]
@@ -238,8 +238,9 @@ def stacked(weights: Mapping[str, int], total: int) -> str:
     for name, count in sorted(weights.items(), key=lambda item: -item[1]):
         wide = width * count / total if total else 0.0
         parts.append(
-            f'<rect class="{_weight_tone(name)}" x="{x:.1f}" y="0" width="{max(0.0, wide - 1):.1f}" '
-            f'height="26"><title>{escape(name)} {size(count)}</title></rect>'
+            f'<rect class="{_weight_tone(name)}" x="{x:.1f}" y="0" '
+            f'width="{max(0.0, wide - 1):.1f}" height="26">'
+            f"<title>{escape(name)} {size(count)}</title></rect>"
         )
         if wide > 110:
             ink = "off" if _weight_tone(name) == "float" else "on"

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Final
 
-from onnxq.cli.console import milliseconds, size
+from onnxq.cli.console import counted, milliseconds, size
 from onnxq.cli.report import drawings
 from onnxq.cli.view import ErrorView, PassView, RunView
 from onnxq.errors import DataError
@@ -113,7 +113,7 @@ def _tiles(view: RunView) -> str:
         fast = view.speed
         note = (
             f"{milliseconds(fast.after)} against {milliseconds(fast.before)}, "
-            f"{fast.threads} thread{'s' if fast.threads > 1 else ''}"
+            f"{counted(fast.threads, 'thread')}"
         )
         tiles.append(_tile("Speed", f"{fast.ratio:.2f}", "x fp32", note))
     if view.worst is not None:
@@ -133,8 +133,8 @@ def _passes(passes: Sequence[PassView]) -> str:
     return (
         "<h2>Passes</h2><p>What each pass changed, and what it left alone and why.</p>"
         '<div class="scroll"><table><thead><tr><th>pass</th><th class="n">changed</th>'
-        '<th>what</th><th class="n wide-only">skipped</th><th class="n wide-only">s</th></tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>\n"
+        '<th>what</th><th class="n wide-only">skipped</th><th class="n wide-only">s</th></tr>'
+        f"</thead><tbody>{rows}</tbody></table></div>\n"
     )
 
 
@@ -153,7 +153,8 @@ def _pass_row(view: PassView) -> str:
     return (
         f'<tr><td><span class="mono">{escape(view.spec)}</span></td>'
         f'<td class="n">{len(view.changed)}</td><td class="name">{what}</td>'
-        f'<td class="n wide-only">{len(view.skipped)}</td><td class="n wide-only">{view.seconds:.2f}</td></tr>'
+        f'<td class="n wide-only">{len(view.skipped)}</td>'
+        f'<td class="n wide-only">{view.seconds:.2f}</td></tr>'
     )
 
 

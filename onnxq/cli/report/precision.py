@@ -14,10 +14,37 @@ _LINEAR: Final = frozenset(
     ("MatMul", "Gemm", "Conv", "ConvTranspose", "MatMulInteger", "ConvInteger", "MatMulNBits")
 )
 _SHOWN: Final = _LINEAR | frozenset(
-    "Softmax LayerNormalization SimplifiedLayerNormalization SkipLayerNormalization RMSNormalization "
-    "Gelu FastGelu BiasGelu Relu Sigmoid HardSwish Clip Tanh Silu Attention MultiHeadAttention "
-    "GroupQueryAttention LSTM GRU RNN GlobalAveragePool AveragePool MaxPool GatherBlockQuantized "
-    "QLinearMatMul QLinearConv QGemm DynamicQuantizeMatMul MatMulIntegerToFloat".split()
+    (
+        "Softmax",
+        "LayerNormalization",
+        "SimplifiedLayerNormalization",
+        "SkipLayerNormalization",
+        "RMSNormalization",
+        "Gelu",
+        "FastGelu",
+        "BiasGelu",
+        "Relu",
+        "Sigmoid",
+        "HardSwish",
+        "Clip",
+        "Tanh",
+        "Silu",
+        "Attention",
+        "MultiHeadAttention",
+        "GroupQueryAttention",
+        "LSTM",
+        "GRU",
+        "RNN",
+        "GlobalAveragePool",
+        "AveragePool",
+        "MaxPool",
+        "GatherBlockQuantized",
+        "QLinearMatMul",
+        "QLinearConv",
+        "QGemm",
+        "DynamicQuantizeMatMul",
+        "MatMulIntegerToFloat",
+    )
 )
 """Operators that get a cell whatever they read; Gather, Add and Mul depend on what they read."""
 
@@ -38,10 +65,11 @@ def cells(model: ir.Model, why: Mapping[str, str]) -> list[CellView]:
     structure = analyze(model)
     regions: dict[int, tuple[str, str]] = {}
     inner: set[int] = set()
-    for match in (*structure.norms, *structure.activations):
-        first, *others = match.nodes
+    found_regions = [(m.name, str(m.kind), m.nodes) for m in structure.norms]
+    found_regions += [(m.name, str(m.kind), m.nodes) for m in structure.activations]
+    for name, kind, (first, *others) in found_regions:
         if others or first.op_type not in _SHOWN:
-            regions[id(first)] = (match.name, str(match.kind))
+            regions[id(first)] = (name, kind)
             inner.update(id(node) for node in others)
     for linear in structure.linears:
         if linear.bias_add is not None:

@@ -1,19 +1,14 @@
-"""Latency of several models side by side: one run of each in turn, so that all see one machine."""
+"""Inputs for a benchmark without data: random, of given or default shapes."""
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxq.errors import SpecError, UnsupportedError
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from onnxq.passes.contract import Progress
 
 Feeds = Mapping[str, "np.ndarray[Any, Any]"]
 
@@ -94,29 +89,3 @@ def describe(feeds: Feeds) -> str:
     """The shapes in one line; equal shapes are said once."""
     shapes = dict.fromkeys(" x ".join(str(d) for d in a.shape) or "scalar" for a in feeds.values())
     return ", ".join(shapes)
-
-
-def interleaved(
-    sessions: Mapping[Path, Any],
-    feeds: Mapping[Path, Feeds],
-    *,
-    rounds: int,
-    progress: Progress,
-    warmup: int = 3,
-) -> dict[Path, list[float]]:
-    """Seconds of each run, A B A B; the order within a round turns so that none is always first."""
-    order = list(sessions)
-    times: dict[Path, list[float]] = {path: [] for path in order}
-    for number in range(warmup + rounds):
-        for path in order[number % len(order) :] + order[: number % len(order)]:
-            start = time.perf_counter()
-            sessions[path].run(None, feeds[path])
-            if number >= warmup:
-                times[path].append(time.perf_counter() - start)
-        progress("measure latency", number + 1, warmup + rounds)
-    return times
-
-
-def medians(times: Mapping[Path, Sequence[float]]) -> dict[Path, float]:
-    """Median seconds by model."""
-    return {path: statistics.median(values) for path, values in times.items()}
