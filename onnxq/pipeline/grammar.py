@@ -338,7 +338,7 @@ def _blamed(error: SpecError, spans: dict[str, Span]) -> str:
     named = str(error.details.get("option", "")).replace("-", "_")
     if named:
         return named
-    words = [w.replace("-", "_") for w in re.findall(r"`([\w-]+)`", error.cause)]
+    words = [w.replace("-", "_") for w in re.findall(r"[\w-]+", error.cause)]
     return next((w for w in words if w in spans), "")
 
 
@@ -390,10 +390,15 @@ def _convert_union(members: tuple[Any, ...], raw: _Raw, key: str) -> Any:
             failure = failure or error
     if failure is None or len(rest) == 1:
         raise failure or _type_error(types.NoneType, raw, key)
+    listed = " or ".join(_describe(m) for m in members)
+    choices = [
+        str(c) for m in members if typing.get_origin(m) is Literal for c in typing.get_args(m)
+    ]
+    text = raw.text if isinstance(raw, _Scalar) else "a list"
     raise SpecError(
         failure.code,
-        f"option `{key}` must be {' or '.join(_describe(m) for m in members)}",
-        failure.hint,
+        f"option `{key}` must be {listed}, not `{text}`",
+        did_you_mean(text, choices) or failure.hint,
         span=raw.span,
     )
 
@@ -471,6 +476,8 @@ _WORDS: Final[dict[Any, str]] = {
 def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is tuple:
         return "a list"
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(f"`{c}`" for c in typing.get_args(hint))
     return _WORDS.get(hint, str(hint))
 
 

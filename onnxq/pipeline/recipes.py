@@ -175,6 +175,16 @@ def find(name: str) -> Recipe:
     return read(FOLDER / f"{name}.toml")
 
 
+def named(text: str) -> Recipe | None:
+    """The recipe that ``text`` is the name or ``@file`` of, or None for other pipeline text."""
+    word = text.strip()
+    if word.replace("_", "-") in names():
+        return find(word.replace("_", "-"))
+    if word.startswith("@") and "," not in word:
+        return read(Path(word[1:].strip("\"'")))
+    return None
+
+
 def to_toml(table: Mapping[str, Any]) -> str:
     """``table`` as TOML: scalars and lists first, then one level of tables."""
     scalars = [f"{k} = {_toml(v)}\n" for k, v in table.items() if not isinstance(v, Mapping)]

@@ -350,7 +350,7 @@ def provenance_of(
         "seed": settings.seed,
     }
     if settings.data is not None:
-        facts["calibration"] = settings.data.fingerprint()
+        facts["calibration"] = settings.data.digest()
     earlier = io.get_provenance(reference)
     if earlier:
         facts["earlier"] = earlier
