@@ -101,7 +101,9 @@ def _check_scales(model: ir.Model) -> int:
             continue
         count += 1
         wide = scale.astype(np.float64)
-        if not np.isfinite(wide).all() or (wide <= 0).any():
+        # MatMulNBits takes full-range signed scales; elsewhere a negative scale is an error.
+        least = np.abs(wide) if node.op_type == "MatMulNBits" else wide
+        if not np.isfinite(wide).all() or (least <= 0).any():
             raise QualityError(
                 "QUALITY-SCALE",
                 f"{node.op_type} `{node_label(node)}` has a scale that is not finite and positive",

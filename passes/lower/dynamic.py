@@ -15,26 +15,31 @@ import onnx_ir as ir
 from onnxq.errors import InternalError
 from onnxq.graph.edit import Names, add_initializer, insert_after, insert_before, replace_value
 from onnxq.graph.match import Linear
-from onnxq.passes.lower.weights import quantize_weight, weight_as_read
+from onnxq.passes.lower.weights import quantize_weight, take_rounded, weight_as_read
 from onnxq.passes.plan import SitePlan
+from onnxq.passes.weights.rounded import RoundedWeights
 
 
 class DynamicLowering:
     """Lowers dynamic sites; layers that read the same value share its quantization."""
 
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, rounded: RoundedWeights) -> None:
         self._graph = model.graph
         self._names = Names(model.graph)
+        self._rounded = rounded
         self._quantized: dict[ir.Value, ir.Node] = {}
 
     def lower(self, linear: Linear, site: SitePlan) -> str:
         """Replace the product by one on integers; a Gemm's bias becomes an Add."""
         if site.weight is None:
             raise InternalError("PLAN-WEIGHT", f"{site.site} has no weight plan")
-        array, in_axis, _ = weight_as_read(linear)
-        if in_axis == 1:
-            array = np.ascontiguousarray(array.T)
-        weight = quantize_weight(array, site.weight, in_axis=0, out_axis=1)
+        solved = self._rounded.get(site.site)
+        if solved is None:
+            array, in_axis, _ = weight_as_read(linear)
+            array = array if in_axis == 0 else np.ascontiguousarray(array.T)
+            weight = quantize_weight(array, site.weight, in_axis=0, out_axis=1)
+        else:
+            weight = take_rounded(solved, site.weight, in_axis=0)
         base = linear.name
         codes, scale, zero = (
             add_initializer(self._graph, self._names.fresh(f"{base}_weight_{what}"), data)

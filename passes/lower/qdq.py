@@ -22,11 +22,12 @@ from onnxq.graph.edit import remove_dead
 from onnxq.graph.match import analyze
 from onnxq.graph.match.values import node_label
 from onnxq.passes.contract import Context, Pass, PassReport
-from onnxq.passes.keys import PLAN, STATISTICS
+from onnxq.passes.keys import PLAN, ROUNDED, STATISTICS
 from onnxq.passes.lower.dynamic import DynamicLowering
 from onnxq.passes.lower.embedding import lower_embedding
 from onnxq.passes.lower.static import StaticLowering
 from onnxq.passes.lower.weight_only import lower_weight_only
+from onnxq.passes.weights.rounded import RoundedWeights
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Qdq(Pass):
     name: ClassVar[str] = "qdq"
     summary: ClassVar[str] = "perform the plan: Q/DQ nodes, integer products, packed weights"
     requires: ClassVar = (PLAN,)
-    invalidates: ClassVar = (PLAN, STATISTICS)
+    uses: ClassVar = (ROUNDED,)
+    invalidates: ClassVar = (PLAN, ROUNDED, STATISTICS)
     tolerance: ClassVar[float | None] = None
 
     def candidates(self, model: ir.Model) -> list[str]:
@@ -52,8 +54,9 @@ class Qdq(Pass):
         linears = {linear.name: linear for linear in structure.linears}
         embeddings = {embedding.name: embedding for embedding in structure.embeddings}
         nodes = {node_label(node): node for node in model.graph}
-        static = StaticLowering(model, plan)
-        dynamic = DynamicLowering(model)
+        rounded = ctx.artifacts.get(ROUNDED) if ROUNDED in ctx.artifacts else RoundedWeights()
+        static = StaticLowering(model, plan, rounded)
+        dynamic = DynamicLowering(model, rounded)
         for site in plan.sites.values():
             linear = linears.get(site.site)
             if site.kind == "embedding":
@@ -65,7 +68,7 @@ class Qdq(Pass):
             elif site.mode == "dynamic":
                 what = dynamic.lower(linear, site)
             else:
-                what = lower_weight_only(model, linear, site, ctx.target)
+                what = lower_weight_only(model, linear, site, ctx.target, rounded.get(site.site))
             report.change(site.site, what)
         static.finish()
         remove_dead(model.graph)

@@ -14,9 +14,11 @@ from onnxq.passes.lower.weights import (
     QuantizedWeight,
     integer_format,
     quantize_weight,
+    take_rounded,
     weight_as_read,
 )
 from onnxq.passes.plan import QuantPlan, SitePlan
+from onnxq.passes.weights.rounded import RoundedWeights
 
 INT32_MAX = 2**31 - 1
 
@@ -24,10 +26,11 @@ INT32_MAX = 2**31 - 1
 class StaticLowering:
     """Lowers the static sites of one plan; activations get one Q/DQ pair each, made once."""
 
-    def __init__(self, model: ir.Model, plan: QuantPlan) -> None:
+    def __init__(self, model: ir.Model, plan: QuantPlan, rounded: RoundedWeights) -> None:
         self._model = model
         self._graph = model.graph
         self._plan = plan
+        self._rounded = rounded
         self._names = Names(model.graph)
         self._values = {
             v.name: v for v in (*self._graph.inputs, *(o for n in self._graph for o in n.outputs))
@@ -42,10 +45,14 @@ class StaticLowering:
             raise InternalError("PLAN-WEIGHT", f"{site.site} has no weight plan")
         name = site.inputs[0]
         array, in_axis, out_axis = weight_as_read(linear)
-        least = self._least_weight_scale(linear, name)
-        weight = quantize_weight(
-            array, site.weight, in_axis=in_axis, out_axis=out_axis, least_scale=least
-        )
+        solved = self._rounded.get(site.site)
+        if solved is None:
+            least = self._least_weight_scale(linear, name)
+            weight = quantize_weight(
+                array, site.weight, in_axis=in_axis, out_axis=out_axis, least_scale=least
+            )
+        else:
+            weight = take_rounded(solved, site.weight, in_axis=in_axis)
         linear.node.replace_input_with(0, self._dequantized_activation(name))
         linear.node.replace_input_with(
             linear.weight_index, self._dequantize_weight(linear, weight, site.weight.format)

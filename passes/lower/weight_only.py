@@ -15,9 +15,15 @@ from onnxq.errors import InternalError, PreconditionError
 from onnxq.formats.packing import pack_bits
 from onnxq.graph.edit import Names, add_initializer, insert_before, replace_value
 from onnxq.graph.match import Linear
-from onnxq.passes.lower.weights import integer_format, quantize_weight, weight_as_read
+from onnxq.passes.lower.weights import (
+    integer_format,
+    quantize_weight,
+    take_rounded,
+    weight_as_read,
+)
 from onnxq.passes.plan import SitePlan, WeightPlan
 from onnxq.passes.targets import Target
+from onnxq.solvers.grid import Rounded
 
 CONTRIB = "com.microsoft"
 NBITS = (2, 4, 8)
@@ -25,22 +31,29 @@ INT8_COMPUTE = 4
 """``accuracy_level`` at which MatMulNBits rounds activations to int8 a block: its fast path."""
 
 
-def lower_weight_only(model: ir.Model, linear: Linear, site: SitePlan, target: Target) -> str:
-    """Pack one layer's weight; returns what was done, for the report."""
+def lower_weight_only(
+    model: ir.Model, linear: Linear, site: SitePlan, target: Target, rounded: Rounded | None
+) -> str:
+    """Pack one layer's weight, as a solver rounded it or to nearest; returns what was done."""
     if site.weight is None:
         raise InternalError("PLAN-WEIGHT", f"{site.site} has no weight plan")
     bits = integer_format(site.weight.format).bits
     if target.matmul_nbits and site.weight.block and bits in NBITS:
-        return _lower_to_nbits(model, linear, site.weight, bits)
-    return _lower_to_dequantize(model, linear, site.weight)
+        return _lower_to_nbits(model, linear, site.weight, bits, rounded)
+    return _lower_to_dequantize(model, linear, site.weight, rounded)
 
 
-def _lower_to_nbits(model: ir.Model, linear: Linear, plan: WeightPlan, bits: int) -> str:
+def _lower_to_nbits(
+    model: ir.Model, linear: Linear, plan: WeightPlan, bits: int, rounded: Rounded | None
+) -> str:
     graph = model.graph
     names = Names(graph)
-    array, in_axis, _ = weight_as_read(linear)
-    rows = array if in_axis == 1 else np.ascontiguousarray(array.T)
-    weight = quantize_weight(rows, plan, in_axis=1, out_axis=0)
+    if rounded is None:
+        array, in_axis, _ = weight_as_read(linear)
+        rows = array if in_axis == 1 else np.ascontiguousarray(array.T)
+        weight = quantize_weight(rows, plan, in_axis=1, out_axis=0)
+    else:
+        weight = take_rounded(rounded, plan, in_axis=1)
     base = f"{linear.name}_weight"
     # MatMulNBits reads unsigned codes: a signed format's zero becomes the middle.
     shift = 1 << (bits - 1) if integer_format(plan.format).signed else 0
@@ -106,7 +119,9 @@ def _pack_zero_points(zero: npt.NDArray[np.int16], bits: int) -> npt.NDArray[np.
     return np.frombuffer(pack_bits(padded, bits), np.uint8).reshape(n, width)
 
 
-def _lower_to_dequantize(model: ir.Model, linear: Linear, plan: WeightPlan) -> str:
+def _lower_to_dequantize(
+    model: ir.Model, linear: Linear, plan: WeightPlan, rounded: Rounded | None
+) -> str:
     """Keep the product and let it read dequantized codes."""
     graph = model.graph
     names = Names(graph)
@@ -121,7 +136,10 @@ def _lower_to_dequantize(model: ir.Model, linear: Linear, plan: WeightPlan) -> s
             f"put `canonicalize{{opset={needed}}}` first",
         )
     array, in_axis, out_axis = weight_as_read(linear)
-    weight = quantize_weight(array, plan, in_axis=in_axis, out_axis=out_axis)
+    if rounded is None:
+        weight = quantize_weight(array, plan, in_axis=in_axis, out_axis=out_axis)
+    else:
+        weight = take_rounded(rounded, plan, in_axis=in_axis)
     base = f"{linear.name}_weight"
     inputs = [
         add_initializer(graph, names.fresh(f"{base}_{what}"), data)

@@ -14,6 +14,7 @@ from onnxq.formats import IntFormat, affine_params, parse_format, quantize
 from onnxq.graph.match import Linear
 from onnxq.graph.match.values import attr_int
 from onnxq.passes.plan import WeightPlan
+from onnxq.solvers.grid import Rounded
 
 Array = npt.NDArray[np.generic]
 Float = npt.NDArray[np.float32]
@@ -76,6 +77,27 @@ def quantize_weight(
         scale = np.maximum(scale, least_scale if axis is not None else least_scale.max())
     codes = quantize(weight, scale, zero, fmt, axis=axis)
     return QuantizedWeight(codes, scale, zero, axis)
+
+
+def take_rounded(rounded: Rounded, plan: WeightPlan, *, in_axis: int) -> QuantizedWeight:
+    """What a solver rounded, ``[N, K]``, in the layout with the reduction along ``in_axis``.
+
+    Args:
+        rounded: the solver's result.
+        plan: says whether scales stand for blocks or channels.
+        in_axis: 0 for ``[K, N]``, 1 for ``[N, K]``.
+    """
+    fmt = integer_format(plan.format)
+    codes = rounded.codes.astype(fmt.numpy_dtype)
+    zero = rounded.zero_point.astype(fmt.numpy_dtype)
+    if not plan.block:
+        axis = 1 - in_axis
+        codes = codes if in_axis == 1 else np.ascontiguousarray(codes.T)
+        return QuantizedWeight(codes, rounded.scale[:, 0], zero[:, 0], axis)
+    if in_axis == 1:
+        return QuantizedWeight(codes, rounded.scale, zero, 1)
+    turned = (np.ascontiguousarray(a.T) for a in (codes, rounded.scale, zero))
+    return QuantizedWeight(*turned, 0)
 
 
 def _quantize_blocks(weight: Float, plan: WeightPlan, fmt: IntFormat, axis: int) -> QuantizedWeight:
