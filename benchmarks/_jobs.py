@@ -1,0 +1,190 @@
+"""Jobs that the benchmarks run in child processes, ours and the peers', through public APIs.
+
+Not a benchmark itself: ``_common.run_job`` starts it with one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+Options = Mapping[str, Any]
+Job = Callable[[Options], dict[str, Any] | None]
+
+
+def build_model(options: Options) -> None:
+    """Write a model from its checkpoint: ``name``, ``out``, ``settings``, ``checkpoint``."""
+    from onnxq import models
+
+    models.build(
+        options["name"],
+        options["out"],
+        checkpoint=options.get("checkpoint"),
+        **options.get("settings", {}),
+    )
+
+
+def onnxq_run(options: Options) -> dict[str, Any]:
+    """The whole of ``onnxq run``: ``model``, ``passes``, ``out``, keywords in ``keywords``."""
+    import onnxq
+
+    summary = onnxq.run(
+        options["model"], options["passes"], out=options["out"], **options.get("keywords", {})
+    )
+    return {"cosine": summary.cosine, "samples": summary.samples}
+
+
+def onnxq_calibrate(options: Options) -> None:
+    """Collect statistics and choose ranges, nothing else: ``model``, ``method``, ``feeds``."""
+    import onnxq
+    from onnxq.calibration.data import open_data
+    from onnxq.graph import io
+
+    model = io.load(options["model"])
+    data = open_data(options["feeds"], model)
+    spec = f"canonicalize, calibrate{{method={options['method']}}}, assign"
+    onnxq.Pipeline(spec).run(model, data=data, verify=False)
+
+
+def ort_calibrate(options: Options) -> None:
+    """ONNX Runtime's calibrator on MatMul and Gather nodes: ``model``, ``method``, ``feeds``."""
+    from onnxruntime.quantization.calibrate import CalibrationMethod, create_calibrator
+
+    methods = {
+        "minmax": CalibrationMethod.MinMax,
+        "entropy": CalibrationMethod.Entropy,
+        "percentile": CalibrationMethod.Percentile,
+    }
+    calibrator = create_calibrator(
+        Path(options["model"]),
+        options["op_types"],
+        augmented_model_path="augmented.onnx",
+        calibrate_method=methods[options["method"]],
+    )
+    calibrator.collect_data(_Reader(options["feeds"]))
+    calibrator.compute_data()
+
+
+def ort_dynamic(options: Options) -> None:
+    """``quantize_dynamic``: ``model``, ``out``, keywords in ``keywords``."""
+    from onnxruntime.quantization import quantize_dynamic
+
+    quantize_dynamic(options["model"], options["out"], **options.get("keywords", {}))
+
+
+def ort_static(options: Options) -> None:
+    """``quantize_static``.
+
+    ``model``, ``out``, ``feeds``; ``unsigned`` for UINT8 activations, which its documentation
+    recommends on x86-64 with VNNI; ``preprocess`` runs its ``quant_pre_process`` first;
+    ``weights_only`` is what an expert does on an encoder: the MatMuls with a constant weight and
+    the largest embedding, and nothing else.
+    """
+    from onnxruntime.quantization import QuantType, quantize_static
+
+    model = options["model"]
+    keywords: dict[str, Any] = dict(options.get("keywords", {}))
+    if options.get("preprocess"):
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+
+        quant_pre_process(model, "prepared.onnx", skip_symbolic_shape=True)
+        model = "prepared.onnx"
+    if options.get("unsigned"):
+        keywords["activation_type"] = QuantType.QUInt8
+    if options.get("weights_only"):
+        keywords["nodes_to_quantize"] = _weight_nodes(model)
+    quantize_static(model, options["out"], _Reader(options["feeds"]), **keywords)
+
+
+def _weight_nodes(path: str) -> list[str]:
+    import onnx
+
+    graph = onnx.load(path).graph
+    sizes = {t.name: max(t.dims, default=0) for t in graph.initializer}
+    tables = [n for n in graph.node if n.op_type == "Gather" and n.input[0] in sizes]
+    matmuls = [n for n in graph.node if n.op_type == "MatMul" and n.input[1] in sizes]
+    return [n.name for n in (*matmuls, max(tables, key=lambda n: sizes[n.input[0]]))]
+
+
+def ort_w4(options: Options) -> None:
+    """``MatMulNBitsQuantizer``: ``model``, ``out``; blocks of 32, symmetric, int8 arithmetic."""
+    import onnx
+    from onnxruntime.quantization.matmul_nbits_quantizer import (
+        DefaultWeightOnlyQuantConfig,
+        MatMulNBitsQuantizer,
+    )
+
+    config = DefaultWeightOnlyQuantConfig(block_size=32, is_symmetric=True, accuracy_level=4)
+    quantizer = MatMulNBitsQuantizer(onnx.load(options["model"]), algo_config=config)
+    quantizer.process()
+    quantizer.model.save_model_to_file(options["out"])
+
+
+class _Reader:
+    """The samples of a folder of ``.npz`` files, as ONNX Runtime wants to be given them."""
+
+    def __init__(self, folder: str) -> None:
+        self._samples = self._read(Path(folder))
+
+    @staticmethod
+    def _read(folder: Path) -> Iterator[dict[str, Any]]:
+        import numpy as np
+
+        for path in sorted(folder.glob("*.npz")):
+            with np.load(path) as arrays:
+                yield dict(arrays)
+
+    def get_next(self) -> dict[str, Any] | None:
+        return next(self._samples, None)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self._samples
+
+    def set_range(self, start_index: int, end_index: int) -> None:
+        raise NotImplementedError
+
+
+JOBS: dict[str, Job] = {
+    job.__name__: job
+    for job in (
+        build_model, onnxq_run, onnxq_calibrate, ort_calibrate, ort_dynamic, ort_static, ort_w4,
+    )
+}  # fmt: skip
+
+
+def _cpu_seconds() -> float:
+    usages = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in usages)
+
+
+def _peak_mb() -> float:
+    """High-water mark of this process alone; ``ru_maxrss`` would count the parent's as well."""
+    status = Path("/proc/self/status").read_text()
+    kib = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(kib) * 1024 / 1e6
+
+
+def main() -> None:
+    """Run the job named on the command line and write the answer file."""
+    options = json.loads(sys.argv[1])
+    result, error = None, None
+    try:
+        result = JOBS[options["job"]](options)
+    except Exception as failure:  # a peer may raise anything; its first line is the finding
+        text = str(failure).strip()
+        error = f"{type(failure).__name__}: {text.splitlines()[0] if text else ''}"
+    answer = {
+        "cpu_s": _cpu_seconds(),
+        "peak_mb": _peak_mb(),
+        "error": error,
+        "result": result or {},
+    }
+    Path(options["answer"]).write_text(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()
