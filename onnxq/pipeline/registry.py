@@ -53,6 +53,7 @@ BUILTIN: Final[Mapping[str, Entry]] = {
     **_builtin(
         "decide", calibrate="Calibrate", assign="Assign", partial="Partial", sanity="Sanity"
     ),
+    **_builtin("weights", gptq="Gptq"),
     **_builtin("lower", qdq="Qdq"),
 }
 
