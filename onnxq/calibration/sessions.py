@@ -110,11 +110,7 @@ class Session:
         Raises:
             DataError: CALIB-RUN when the run fails.
         """
-        given = {
-            name: self._make(np.ascontiguousarray(feeds[name]))
-            for name in self._inputs
-            if name in feeds
-        }
+        given = {name: self._make(_feed(feeds[name])) for name in self._inputs if name in feeds}
         try:
             found: list[Any] = self._session.run_with_ort_values(list(outputs), given)
         except Exception as error:
@@ -124,6 +120,13 @@ class Session:
                 "check the shapes and the range of the integer inputs of that sample",
             ) from error
         return found
+
+
+def _feed(array: np.ndarray) -> np.ndarray:
+    """Contiguous, and in float32 instead of bfloat16; see :func:`widen_bfloat16`."""
+    if array.dtype.name == "bfloat16":
+        array = array.astype(np.float32)
+    return np.ascontiguousarray(array)
 
 
 def _onnxruntime() -> Any:
@@ -146,6 +149,44 @@ def widen_bfloat16(model: ir.Model) -> ir.Model:
     """A copy of ``model`` that computes in float32 where it said bfloat16.
 
     Onnxruntime has next to no bfloat16 kernels for the CPU. Weights keep their bfloat16 values;
-    activations are not rounded to bfloat16, which moves a range by at most one part in 256.
+    activations are not rounded to bfloat16, which moves an extreme by at most one part in 256.
     """
-    return model.clone()
+    copy = model.clone()
+    graphs = [copy.graph, *copy.graph.subgraphs()]
+    for graph in graphs:
+        for value in (*graph.inputs, *graph.initializers.values()):
+            _widen_value(value)
+    for body in (*graphs, *copy.functions.values()):
+        for node in body.all_nodes():
+            for value in node.outputs:
+                _widen_value(value)
+            for name, attribute in list(node.attributes.items()):
+                widened = _widen_attribute(name, attribute)
+                if widened is not None:
+                    node.attributes[name] = widened
+    return copy
+
+
+def _widen_value(value: ir.Value) -> None:
+    if value.dtype is ir.DataType.BFLOAT16:
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+    if value.const_value is not None and value.const_value.dtype is ir.DataType.BFLOAT16:
+        value.const_value = _widen_tensor(value.const_value)
+
+
+def _widen_attribute(name: str, attribute: ir.Attr) -> ir.Attr | None:
+    """The attribute in float32, or None when it does not mention bfloat16."""
+    if attribute.is_ref():
+        return None
+    if attribute.type is ir.AttributeType.TENSOR:
+        tensor = attribute.as_tensor()
+        if tensor.dtype is ir.DataType.BFLOAT16:
+            return ir.AttrTensor(name, _widen_tensor(tensor))
+    is_type = name in ("to", "dtype") and attribute.type is ir.AttributeType.INT
+    if is_type and attribute.as_int() == ir.DataType.BFLOAT16.value:
+        return ir.AttrInt64(name, ir.DataType.FLOAT.value)
+    return None
+
+
+def _widen_tensor(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    return ir.tensor(tensor.numpy().astype(np.float32), name=tensor.name)

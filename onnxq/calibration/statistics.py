@@ -327,9 +327,9 @@ class Scratch:
 
     def count(self, flat: Array, exponent: int) -> npt.NDArray[np.int64]:
         """``[BINS]`` counts of ``floor(x / 2**exponent) + BINS / 2``; all must fall inside."""
-        # float32 holds x / 2**exponent exactly unless the result is subnormal; then floor gives
-        # -1 or 0 as it must, as long as the sign survives: scale subnormal inputs in float64.
-        kind = "float32" if flat.dtype == np.float32 and -120 < exponent < 100 else "float64"
+        # Scaling up is exact in float32. Scaling down could lose the sign of a subnormal number
+        # and with it the bin, which would then depend on the order of the samples.
+        kind = "float32" if flat.dtype == np.float32 and -120 < exponent <= 0 else "float64"
         scaled_all, counts = self._scaled[kind], np.zeros(BINS, np.int64)
         factor = scaled_all.dtype.type(2.0**-exponent)
         for start in range(0, flat.size, self.CHUNK):
