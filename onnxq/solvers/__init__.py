@@ -1,0 +1,1 @@
+"""Rounding and transform maths: arrays in, arrays out, no graph."""

@@ -3,8 +3,8 @@
 - ``low_rank_split`` (Li et al., arXiv 2411.05007): ``W = L R + residual`` with the truncated SVD of
   W; only the residual is rounded.
 - ``low_rank_compensate`` (Liu et al., arXiv 2410.21271): for the error ``D = W - W_hat`` the best
-  rank r in the norm of the inputs, ``min |(D - B A) X|``: with ``X X' = Q diag(l) Q'`` the truncated
-  SVD of ``D Q sqrt(l)``, mapped back.
+  rank r in the norm of the inputs, ``min |(D - B A) X|``: with ``X X' = Q diag(l) Q'`` the
+  truncated SVD of ``D Q sqrt(l)``, mapped back.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from onnxq.solvers.gptq import BLOCK, column_order, diffuse, drop_dead, prepare_
 from onnxq.solvers.grid import Array, Solution, check_weights
 from onnxq.solvers.hessian import check_hessian, inverse_factor
 
-DAMP = 1e-3
+DAMP = 1e-6
 
 
 def qronos(

@@ -18,7 +18,16 @@ from dataclasses import replace
 import ml_dtypes
 import numpy as np
 
-from onnxq.formats import Format, Granularity, Groups, IntFormat, MxFormat, NvFp4Format, Params
+from onnxq.formats import (
+    NAMED_FLOATS,
+    Format,
+    Granularity,
+    Groups,
+    IntFormat,
+    MxFormat,
+    NvFp4Format,
+    Params,
+)
 from onnxq.formats import affine_params as affine
 from onnxq.solvers.grid import Array, Float32, Float64, Solution, check_weights, granularity_of
 from onnxq.solvers.hessian import check_hessian
@@ -195,7 +204,7 @@ def _shrunk(fmt: Format, base: Params, groups: Groups, factor: float) -> Params:
         return replace(base, scale=bounded.view(ml_dtypes.float8_e8m0fnu))
     scale = base.scale.astype(np.float32) * np.float32(factor)
     if isinstance(fmt, NvFp4Format):
-        scale = np.minimum(scale, np.float32(ml_dtypes.finfo(ml_dtypes.float8_e4m3fn).max))
+        scale = np.minimum(scale, np.float32(NAMED_FLOATS["fp8e4m3"].max))
     return replace(base, scale=scale.astype(base.scale.dtype))
 
 
