@@ -23,7 +23,7 @@ from onnxq.passes.lower.weights import (
 )
 from onnxq.passes.plan import SitePlan, WeightPlan
 from onnxq.passes.targets import Target
-from onnxq.solvers.grid import Rounded
+from onnxq.passes.weights.rounded import RoundedWeight
 
 CONTRIB = "com.microsoft"
 NBITS = (2, 4, 8)
@@ -32,7 +32,7 @@ INT8_COMPUTE = 4
 
 
 def lower_weight_only(
-    model: ir.Model, linear: Linear, site: SitePlan, target: Target, rounded: Rounded | None
+    model: ir.Model, linear: Linear, site: SitePlan, target: Target, rounded: RoundedWeight | None
 ) -> str:
     """Pack one layer's weight, as a solver rounded it or to nearest; returns what was done."""
     if site.weight is None:
@@ -44,7 +44,7 @@ def lower_weight_only(
 
 
 def _lower_to_nbits(
-    model: ir.Model, linear: Linear, plan: WeightPlan, bits: int, rounded: Rounded | None
+    model: ir.Model, linear: Linear, plan: WeightPlan, bits: int, rounded: RoundedWeight | None
 ) -> str:
     graph = model.graph
     names = Names(graph)
@@ -120,7 +120,7 @@ def _pack_zero_points(zero: npt.NDArray[np.int16], bits: int) -> npt.NDArray[np.
 
 
 def _lower_to_dequantize(
-    model: ir.Model, linear: Linear, plan: WeightPlan, rounded: Rounded | None
+    model: ir.Model, linear: Linear, plan: WeightPlan, rounded: RoundedWeight | None
 ) -> str:
     """Keep the product and let it read dequantized codes."""
     graph = model.graph

@@ -14,7 +14,7 @@ from onnxq.formats import IntFormat, affine_params, parse_format, quantize
 from onnxq.graph.match import Linear
 from onnxq.graph.match.values import attr_int
 from onnxq.passes.plan import WeightPlan
-from onnxq.solvers.grid import Rounded
+from onnxq.passes.weights.rounded import RoundedWeight
 
 Array = npt.NDArray[np.generic]
 Float = npt.NDArray[np.float32]
@@ -79,7 +79,7 @@ def quantize_weight(
     return QuantizedWeight(codes, scale, zero, axis)
 
 
-def take_rounded(rounded: Rounded, plan: WeightPlan, *, in_axis: int) -> QuantizedWeight:
+def take_rounded(rounded: RoundedWeight, plan: WeightPlan, *, in_axis: int) -> QuantizedWeight:
     """What a solver rounded, ``[N, K]``, in the layout with the reduction along ``in_axis``.
 
     Args:

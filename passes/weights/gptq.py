@@ -7,22 +7,31 @@ order of the columns leaves no trace in the packed weight.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxq.calibration.requests import StatRequest
-from onnxq.errors import SpecError
+from onnxq.errors import InternalError, SpecError
 from onnxq.graph.match import Linear, analyze
 from onnxq.passes.contract import Context, Pass, PassReport
 from onnxq.passes.keys import PLAN, ROUNDED, STATISTICS
 from onnxq.passes.lower.weights import integer_format
 from onnxq.passes.plan import SitePlan
-from onnxq.passes.weights.rounded import RoundedWeights
+from onnxq.passes.weights.rounded import RoundedWeight, RoundedWeights
 from onnxq.solvers.gptq import gptq
-from onnxq.solvers.grid import Grid, Rounded
+from onnxq.solvers.grid import Solution
+from onnxq.solvers.hessian import output_error
+from onnxq.solvers.scale_search import mse_params
+
+Array = npt.NDArray[Any]
+
+SHRINK = tuple(1.0 - 0.03 * i for i in range(11))
+"""Candidate factors on the range of a group."""
 
 
 @dataclass(frozen=True)
@@ -72,42 +81,45 @@ class Gptq(Pass):
                 continue
             moment = statistics.moment(str(layer.x.name))
             full_range = site.mode == "weight-only" and ctx.target.matmul_nbits
-            weight = self._round(layer, site, moment.gram, full_range=full_range)
-            rounded.add(site.site, weight)
-            report.change(site.site, "rounded", _gain(layer, weight, moment.gram))
+            solution = self._round(layer, site, moment.gram, full_range=full_range)
+            rounded.add(site.site, RoundedWeight.of(solution))
+            report.change(site.site, "rounded", _gain(layer, solution, moment.gram))
         ctx.progress("gptq", len(sites), len(sites))
         ctx.artifacts.put(ROUNDED, rounded)
         return report
 
-    def _round(
-        self, layer: Linear, site: SitePlan, gram: np.ndarray, *, full_range: bool
-    ) -> Rounded:
+    def _round(self, layer: Linear, site: SitePlan, gram: Array, *, full_range: bool) -> Solution:
+        if site.weight is None:
+            raise InternalError("PLAN-WEIGHT", f"{site.site} has no weight plan")
         rows = rows_of(layer)
-        plan = site.weight
-        if plan is None:
-            raise SpecError("SPEC-PLAN", f"{site.site} has no weight plan")
-        grid = Grid(integer_format(plan.format), plan.symmetric, signed_scale=full_range)
+        fmt = integer_format(site.weight.format)
+        if full_range and site.weight.symmetric and site.weight.block:
+            fmt = dataclasses.replace(fmt, scheme="full")
+        elif not site.weight.symmetric:
+            fmt = dataclasses.replace(fmt, scheme="asym")
+        group = site.weight.block
+        importance = np.diag(gram).astype(np.float32)
+        params = mse_params(
+            rows, fmt, group=group, norm=2, factors=SHRINK, importance=importance
+        )
         return gptq(
             rows,
             gram,
-            grid,
-            plan.block or rows.shape[1],
-            damping=self.damping,
+            fmt,
+            group=group,
             act_order=self.act_order,
+            params=params,
+            damp=self.damping,
         )
 
 
-def rows_of(layer: Linear) -> np.ndarray:
+def rows_of(layer: Linear) -> Array:
     """The weight as ``[N, K]``, one row an output channel."""
     stored = layer.w
     return stored if layer.in_axis == 1 else np.ascontiguousarray(stored.T)
 
 
-def _gain(layer: Linear, weight: Rounded, gram: np.ndarray) -> str:
+def _gain(layer: Linear, solution: Solution, gram: Array) -> str:
     """Output SQNR of the rounded layer on the calibration rows."""
-    exact = rows_of(layer)
-    error = weight.dequantize() - exact
-    wide = (gram / max(float(np.trace(gram)), np.finfo(np.float64).tiny)).astype(np.float32)
-    noise = float(np.einsum("nk,nk->", error @ wide, error))
-    signal = float(np.einsum("nk,nk->", exact @ wide, exact))
-    return f"output SQNR {10 * np.log10(signal / noise):.1f} dB" if noise > 0 else "exact"
+    error = output_error(rows_of(layer), solution.values(), gram)
+    return f"output SQNR {-10 * np.log10(error):.1f} dB" if error > 0 else "exact"
