@@ -113,13 +113,12 @@ class Checker:
                 f"the model takes {expected}",
             )
 
-    def fit(self, feeds: Mapping[str, Any], where: str, *, batched: bool = False) -> Feeds:
+    def fit(self, feeds: Mapping[str, Any], where: str) -> Feeds:
         """The feeds as arrays of the model's types and shapes.
 
         Args:
             feeds: by input name; anything that numpy takes.
             where: the sample, for messages.
-            batched: never add a leading axis.
 
         Raises:
             DataError: CALIB-INPUT-MISSING, CALIB-INPUT-UNKNOWN, CALIB-DTYPE, CALIB-RANK,
@@ -137,7 +136,7 @@ class Checker:
         for name, value in feeds.items():
             spec = self.inputs[name]
             array = self._cast(_array(value, spec, where), spec, where, loose=_is_plain(value))
-            array = self._shape(array, spec, where, batched)
+            array = self._shape(array, spec, where)
             self._symbols(array, spec, where, symbols)
             if array.dtype.kind == "f" and np.isnan(array).any():
                 raise DataError(
@@ -162,11 +161,11 @@ class Checker:
             self._note(f"input `{spec.name}`: {array.dtype.name} cast to {spec.dtype.name}")
         return array.astype(spec.dtype)
 
-    def _shape(self, array: Array, spec: ModelInput, where: str, batched: bool) -> Array:
+    def _shape(self, array: Array, spec: ModelInput, where: str) -> Array:
         if spec.shape is None:
             return array
         rank = len(spec.shape)
-        if array.ndim == rank - 1 and spec.batch_free and not batched:
+        if array.ndim == rank - 1 and spec.batch_free and _agree(spec.shape[1:], array.shape):
             self._note(f"input `{spec.name}`: a leading axis of size 1 added to each sample")
             array = array[None]
         if array.ndim != rank:
@@ -223,6 +222,11 @@ def _array(value: Any, spec: ModelInput, where: str) -> Array:
             "give numbers; texts need a tokenizer",
         )
     return array
+
+
+def _agree(dims: Sequence[Dim], sizes: Sequence[int]) -> bool:
+    """No fixed size differs."""
+    return all(d == size for d, size in zip(dims, sizes, strict=True) if isinstance(d, int))
 
 
 def _is_plain(value: Any) -> bool:
