@@ -28,6 +28,18 @@ def build_model(options: Options) -> None:
     )
 
 
+def write_feeds(options: Options) -> None:
+    """One ``.npz`` for each line of ``texts``, as ``tokenizer`` splits it, into folder ``out``."""
+    import numpy as np
+
+    from onnxq.data.text import encode_texts
+
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    for number, text in enumerate(Path(options["texts"]).read_text("utf-8").splitlines()):
+        feeds = encode_texts([text], options["tokenizer"], names, 128)
+        np.savez(Path(options["out"]) / f"{number:04}.npz", **feeds)
+
+
 def onnxq_run(options: Options) -> dict[str, Any]:
     """The whole of ``onnxq run``: ``model``, ``passes``, ``out``, keywords in ``keywords``."""
     import onnxq
@@ -51,7 +63,7 @@ def onnxq_calibrate(options: Options) -> None:
 
 
 def ort_calibrate(options: Options) -> None:
-    """ONNX Runtime's calibrator on MatMul and Gather nodes: ``model``, ``method``, ``feeds``."""
+    """ONNX Runtime's calibrator: ``model``, ``method``, ``feeds``, ``op_types`` (null: all)."""
     from onnxruntime.quantization.calibrate import CalibrationMethod, create_calibrator
 
     methods = {
@@ -69,6 +81,13 @@ def ort_calibrate(options: Options) -> None:
     calibrator.compute_data()
 
 
+def ort_prepare(options: Options) -> None:
+    """``quant_pre_process``: ``model``, ``out``; symbolic shape inference fails on such models."""
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    quant_pre_process(options["model"], options["out"], skip_symbolic_shape=True)
+
+
 def ort_dynamic(options: Options) -> None:
     """``quantize_dynamic``: ``model``, ``out``, keywords in ``keywords``."""
     from onnxruntime.quantization import quantize_dynamic
@@ -80,23 +99,18 @@ def ort_static(options: Options) -> None:
     """``quantize_static``.
 
     ``model``, ``out``, ``feeds``; ``unsigned`` for UINT8 activations, which its documentation
-    recommends on x86-64 with VNNI; ``preprocess`` runs its ``quant_pre_process`` first;
-    ``weights_only`` is what an expert does on an encoder: the MatMuls with a constant weight and
-    the largest embedding, and nothing else.
+    recommends on x86-64 with VNNI; ``weights_only`` is what an expert does on an encoder: the
+    MatMuls with a constant weight and the largest embedding, inputs alone and not the outputs.
     """
     from onnxruntime.quantization import QuantType, quantize_static
 
     model = options["model"]
     keywords: dict[str, Any] = dict(options.get("keywords", {}))
-    if options.get("preprocess"):
-        from onnxruntime.quantization.shape_inference import quant_pre_process
-
-        quant_pre_process(model, "prepared.onnx", skip_symbolic_shape=True)
-        model = "prepared.onnx"
     if options.get("unsigned"):
         keywords["activation_type"] = QuantType.QUInt8
     if options.get("weights_only"):
         keywords["nodes_to_quantize"] = _weight_nodes(model)
+        keywords["extra_options"] = {"OpTypesToExcludeOutputQuantization": ["MatMul", "Gather"]}
     quantize_static(model, options["out"], _Reader(options["feeds"]), **keywords)
 
 
@@ -151,7 +165,8 @@ class _Reader:
 JOBS: dict[str, Job] = {
     job.__name__: job
     for job in (
-        build_model, onnxq_run, onnxq_calibrate, ort_calibrate, ort_dynamic, ort_static, ort_w4,
+        build_model, write_feeds, onnxq_run, onnxq_calibrate, ort_calibrate, ort_dynamic,
+        ort_prepare, ort_static, ort_w4,
     )
 }  # fmt: skip
 
