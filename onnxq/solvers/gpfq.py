@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnxq.errors import SpecError
 from onnxq.formats import Format, Params
-from onnxq.solvers.gptq import column_order, prepare_grid
+from onnxq.solvers.gptq import column_order, order_and_refresh, prepare_grid
 from onnxq.solvers.grid import Array, Solution, check_weights
 from onnxq.solvers.hessian import check_hessian
 
@@ -29,7 +28,7 @@ def gpfq(
     *,
     G: Array | None = None,
     group: int | None = None,
-    act_order: bool = False,
+    act_order: bool | None = None,
     static_groups: bool | None = None,
     mse: bool = False,
     params: Params | None = None,
@@ -42,8 +41,9 @@ def gpfq(
         fmt: an integer, float, MX, NVFP4 or NF4 format.
         G: ``[K, K]``, ``X Y'``; default H.
         group: columns per scale; 0 for whole rows; None for the format's own block.
-        act_order: columns of large inputs first.
-        static_groups: scales from W as it came (default), or from the corrected columns.
+        act_order: columns of large inputs first. Default: with static groups.
+        static_groups: scales from W as it came (default), or from the corrected columns; the
+            latter suits MX formats only, integer scales run away with the accumulated error.
         mse: search the scales.
         params: scales found elsewhere.
 
@@ -56,12 +56,8 @@ def gpfq(
     hessian = check_hessian(H, columns)
     mixed = hessian if G is None else check_hessian(G, columns)
     grid, fit = prepare_grid(weights, fmt, group, mse=mse, params=params)
-    refresh = static_groups is False and grid.size < columns
-    if refresh and act_order:
-        raise SpecError(
-            "SPEC-ACT-ORDER", "act_order needs static groups", "leave static_groups out"
-        )
-    order = column_order(hessian, act_order)
+    ordered, refresh = order_and_refresh(grid, columns, act_order, static_groups)
+    order = column_order(hessian, ordered)
     # Sums of w_s G_st for s <= t, in the order of the path; all at once.
     mixed, hessian = mixed[np.ix_(order, order)], hessian[np.ix_(order, order)]
     path = weights[:, order].astype(np.float64)

@@ -9,9 +9,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnxq.errors import SpecError
 from onnxq.formats import Format, Params
-from onnxq.solvers.gptq import BLOCK, column_order, diffuse, drop_dead, prepare_grid
+from onnxq.solvers.gptq import (
+    BLOCK,
+    column_order,
+    diffuse,
+    drop_dead,
+    order_and_refresh,
+    prepare_grid,
+)
 from onnxq.solvers.grid import Array, Solution, check_weights
 from onnxq.solvers.hessian import DAMP, check_hessian, inverse_factor
 
@@ -26,7 +32,7 @@ def gptaq(
     *,
     group: int | None = None,
     alpha: float = ALPHA,
-    act_order: bool = False,
+    act_order: bool | None = None,
     static_groups: bool | None = None,
     mse: bool = False,
     params: Params | None = None,
@@ -46,16 +52,10 @@ def gptaq(
     dead = np.diag(check_hessian(H, weights.shape[1])) <= 0
     mismatch[:, dead] = 0
     hessian, weights = drop_dead(check_hessian(H, weights.shape[1]), weights)
-    order = column_order(hessian, act_order)
+    grid, fit = prepare_grid(weights, fmt, group, mse=mse, params=params)
+    ordered, refresh = order_and_refresh(grid, weights.shape[1], act_order, static_groups)
+    order = column_order(hessian, ordered)
     factor, _ = inverse_factor(hessian[np.ix_(order, order)], damp)
     correction = alpha * np.triu(mismatch[np.ix_(order, order)] @ factor.T, 1) @ factor
-    grid, fit = prepare_grid(weights, fmt, group, mse=mse, params=params)
-    static = static_groups if static_groups is not None else act_order or params is not None
-    if act_order and not static and grid.size < weights.shape[1]:
-        raise SpecError(
-            "SPEC-ACT-ORDER",
-            "act_order needs static groups: scales are fixed before columns change places",
-            "leave static_groups out, or set it to true",
-        )
-    refit = None if static or grid.size >= weights.shape[1] else fit
+    refit = fit if refresh else None
     return diffuse(weights, factor, grid, order, block=block, refit=refit, P=correction)

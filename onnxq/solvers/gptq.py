@@ -34,7 +34,7 @@ def gptq(
     fmt: Format,
     *,
     group: int | None = None,
-    act_order: bool = False,
+    act_order: bool | None = None,
     static_groups: bool | None = None,
     mse: bool = False,
     params: Params | None = None,
@@ -48,9 +48,10 @@ def gptq(
         H: ``[K, K]``, see :mod:`onnxq.solvers.hessian`.
         fmt: an integer, float, MX, NVFP4 or NF4 format.
         group: columns per scale; 0 for whole rows; None for the format's own block.
-        act_order: columns of large inputs first.
-        static_groups: all scales from W as it came; else a group's scales are taken from its
-            columns as they have become. Default: with ``act_order`` or ``params``.
+        act_order: columns of large inputs first. Default: with static groups.
+        static_groups: all scales from W as it came (default); else a group's scales are taken
+            from its columns as they have become. Columns of quiet inputs take up most of the
+            error, so that refreshed scales can grow until they cost more than they save.
         mse: search the scales (:func:`mse_params`) instead of taking the extremes'.
         params: scales found elsewhere; implies static groups.
         damp: part of the mean diagonal that is added to H's diagonal.
@@ -64,18 +65,30 @@ def gptq(
     """
     weights = check_weights(W)
     hessian, weights = drop_dead(check_hessian(H, weights.shape[1]), weights)
-    order = column_order(hessian, act_order)
-    factor, _ = inverse_factor(hessian[np.ix_(order, order)], damp)
     grid, fit = prepare_grid(weights, fmt, group, mse=mse, params=params)
-    static = static_groups if static_groups is not None else act_order or params is not None
-    if act_order and not static and grid.size < weights.shape[1]:
+    ordered, refresh = order_and_refresh(grid, weights.shape[1], act_order, static_groups)
+    order = column_order(hessian, ordered)
+    factor, _ = inverse_factor(hessian[np.ix_(order, order)], damp)
+    return diffuse(weights, factor, grid, order, block=block, refit=fit if refresh else None)
+
+
+def order_and_refresh(
+    grid: Grid, columns: int, act_order: bool | None, static_groups: bool | None
+) -> tuple[bool, bool]:
+    """Whether to sort the columns, and whether to refresh groups.
+
+    Raises:
+        SpecError: both, for then the columns of a group would not be contiguous.
+    """
+    refresh = static_groups is False and grid.size < columns
+    ordered = not refresh if act_order is None else act_order
+    if ordered and refresh:
         raise SpecError(
             "SPEC-ACT-ORDER",
             "act_order needs static groups: scales are fixed before columns change places",
             "leave static_groups out, or set it to true",
         )
-    refit = None if static or grid.size >= weights.shape[1] else fit
-    return diffuse(weights, factor, grid, order, block=block, refit=refit)
+    return ordered, refresh
 
 
 def drop_dead(H: Float64, W: Float32) -> tuple[Float64, Float32]:

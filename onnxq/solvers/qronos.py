@@ -6,8 +6,9 @@ prefix). The first column is rounded as GPFQ would, all others are solved again 
     q_0 = Q((w G_:0 - v triu(H, 1)_0:') / H_00)
     W_1: <- (w G_:1 - q_0 H_0,1:) inv(H_1:,1:)
 
-and then rounded with GPTQ's feedback on ``H_1:,1:``. The damping is a part of H's largest
-eigenvalue.
+and then rounded with GPTQ's feedback on ``H_1:,1:``. H is damped by a part of its mean diagonal, as
+in GPTQ (the paper takes a part of its largest eigenvalue, which for inputs with a few loud channels
+is either no damping at all or far too much); with X = Y the result is then GPTQ's.
 """
 
 from __future__ import annotations
@@ -19,9 +20,7 @@ from onnxq.errors import DataError
 from onnxq.formats import Format, Params
 from onnxq.solvers.gptq import BLOCK, column_order, diffuse, drop_dead, prepare_grid
 from onnxq.solvers.grid import Array, Solution, check_weights
-from onnxq.solvers.hessian import check_hessian, inverse_factor
-
-DAMP = 1e-6
+from onnxq.solvers.hessian import DAMP, check_hessian, inverse_factor
 
 
 def qronos(
@@ -48,7 +47,7 @@ def qronos(
         act_order: columns of large inputs first.
         mse: search the scales.
         params: scales found elsewhere.
-        damp: part of H's largest eigenvalue that is added to its diagonal.
+        damp: part of the mean diagonal that is added to H's diagonal.
         block: columns per lazy update.
 
     Raises:
@@ -61,7 +60,7 @@ def qronos(
     hessian, weights = drop_dead(raw, weights)
     order = column_order(hessian, act_order)
     hessian, mixed = hessian[np.ix_(order, order)], mixed[np.ix_(order, order)]
-    shift = damp * float(np.linalg.eigvalsh(hessian)[-1])
+    shift = damp * float(np.mean(np.diag(hessian)))
     damped = hessian + shift * np.eye(len(order))
     path = weights[:, order].astype(np.float64)
 
