@@ -152,19 +152,24 @@ def widen_bfloat16(model: ir.Model) -> ir.Model:
     activations are not rounded to bfloat16, which moves an extreme by at most one part in 256.
     """
     copy = model.clone()
-    graphs = [copy.graph, *copy.graph.subgraphs()]
-    for graph in graphs:
+    for graph in copy.graphs():
         for value in (*graph.inputs, *graph.initializers.values()):
             _widen_value(value)
-    for body in (*graphs, *copy.functions.values()):
-        for node in body.all_nodes():
-            for value in node.outputs:
-                _widen_value(value)
-            for name, attribute in list(node.attributes.items()):
-                widened = _widen_attribute(name, attribute)
-                if widened is not None:
-                    node.attributes[name] = widened
+        for node in graph:
+            _widen_node(node)
+    for function in copy.functions.values():
+        for node in function.all_nodes():
+            _widen_node(node)
     return copy
+
+
+def _widen_node(node: ir.Node) -> None:
+    for value in node.outputs:
+        _widen_value(value)
+    for name, attribute in list(node.attributes.items()):
+        widened = _widen_attribute(name, attribute)
+        if widened is not None:
+            node.attributes[name] = widened
 
 
 def _widen_value(value: ir.Value) -> None:

@@ -14,6 +14,8 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from onnxq.calibration.collect import collect
+from onnxq.calibration.data import open_data
+from onnxq.calibration.observe import named_values
 from onnxq.calibration.requests import StatRequest
 from onnxq.calibration.statistics import Statistics
 from onnxq.errors import DataError, InternalError, UnsupportedError
@@ -493,6 +495,8 @@ _MEMORY = textwrap.dedent("""
     import resource, sys
     import numpy as np, onnx_ir as ir
     from onnxq.calibration.collect import collect
+from onnxq.calibration.data import open_data
+from onnxq.calibration.observe import named_values
     from onnxq.calibration.requests import StatRequest as R
 
     class Data:
@@ -512,6 +516,42 @@ _MEMORY = textwrap.dedent("""
 
 MEMORY_NOISE_MB = 12
 """A sample of the test is 1 MB; 48 more that were kept would show as 192 MB."""
+
+
+@pytest.mark.slow
+def test_ranges_of_bert_are_those_of_onnxruntimes_calibrator(shared: Path, tmp_path: Path) -> None:
+    calibrate = pytest.importorskip("onnxruntime.quantization.calibrate")
+    folder = shared / "models" / "sst2-bert-tiny"
+    bert = ir.load(folder / "model.onnx")
+    data = open_data(
+        shared / "data" / "stsb" / "sts-train.csv",
+        bert,
+        tokenizer=folder / "tokenizer.json",
+        samples=8,
+    )
+    theirs = calibrate.create_calibrator(
+        folder / "model.onnx",
+        ["MatMul"],
+        augmented_model_path=str(tmp_path / "augmented.onnx"),
+        calibrate_method=calibrate.CalibrationMethod.MinMax,
+    )
+
+    class Reader(calibrate.CalibrationDataReader):
+        feeds = iter(data)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(self.feeds, None)
+
+    theirs.collect_data(Reader())
+    expected = theirs.compute_data().data
+    names = [
+        v for v in named_values(bert.graph) if v in expected and v not in bert.graph.initializers
+    ]
+    assert len(names) > 10
+    stats = collect(bert, [R(name, "range") for name in names], data)
+    for name in names:
+        lo, hi = (np.asarray(x).item() for x in expected[name].range_value)
+        assert (stats.range(name).lo, stats.range(name).hi) == pytest.approx((lo, hi), rel=1e-4)
 
 
 def test_memory_does_not_grow_with_the_number_of_samples() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from onnxq.calibration.ranges import Method, choose_range, weight_range
+from onnxq.calibration.ranges import Method, _least_divergence, choose_range, weight_range
 from onnxq.calibration.statistics import Histogram, RangeStat
 from onnxq.errors import DataError, InternalError, SpecError, UnsupportedError
 from onnxq.formats.integer import IntFormat, affine_params, dequantize, quantize
@@ -99,6 +99,12 @@ def test_symmetric_entropy_is_the_published_search(kind: str, rng: np.random.Gen
     folded = folded[: np.flatnonzero(folded)[-1] + 1]
     _, found = choose_range(stat, "entropy", S8, symmetric=True)
     assert found == pytest.approx(min(published_entropy(folded, stat.width, 8), np.abs(x).max()))
+
+
+def test_entropy_ties_go_to_the_widest_range() -> None:
+    counts = np.zeros(300)
+    counts[:10] = 4.0  # every candidate restores this exactly
+    assert _least_divergence(counts, 0.0, 128) == 300
 
 
 @pytest.mark.parametrize("kind", ["normal", "laplace", "outlier"])
