@@ -130,7 +130,7 @@ def _least_squares_scales(
 ) -> Params:
     groups = granularity.split(W)
     values = groups.values
-    weight = np.ones(1) if importance is None else _grouped(importance, W, granularity)
+    weight = np.ones(1, np.float32) if importance is None else _grouped(importance, W, granularity)
     index = np.abs(values).argmax(axis=1)[:, None]
     extreme = np.take_along_axis(values, index, axis=1).astype(np.float64)
     start = fmt.params(W, granularity)
@@ -142,9 +142,11 @@ def _least_squares_scales(
         inverse = np.where(extreme == 0, 1.0, target / np.where(extreme == 0, 1.0, extreme))
         if fmt.scheme == "sym":
             inverse = np.abs(inverse)
-        codes = np.clip(np.rint(values * inverse), fmt.qmin - fmt.zero, fmt.qmax - fmt.zero)
-        square = np.sum(weight * codes**2, axis=1)
-        product = np.sum(weight * codes * values, axis=1)
+        scaled = values * inverse.astype(np.float32)
+        codes = np.clip(np.rint(scaled, out=scaled), fmt.qmin - fmt.zero, fmt.qmax - fmt.zero)
+        weighted = weight * codes
+        square = np.sum(weighted * codes, axis=1, dtype=np.float64)
+        product = np.sum(weighted * values, axis=1, dtype=np.float64)
         usable = (square > 0) & (product != 0)
         scale = np.where(usable, product / np.where(square > 0, square, 1), best)
         error = _weighted_error(values, fmt, scale, weight)
@@ -157,8 +159,8 @@ def _weighted_error(values: Float32, fmt: IntFormat, scale: Float64, weight: Arr
     column = scale.astype(np.float32)[:, None]
     with np.errstate(divide="ignore", invalid="ignore"):
         codes = np.clip(np.rint(values / column), fmt.qmin - fmt.zero, fmt.qmax - fmt.zero)
-    delta = (codes * column - values).astype(np.float64)
-    error = np.sum(weight * delta**2, axis=1)
+    delta = codes * column - values
+    error = np.sum(weight * delta * delta, axis=1, dtype=np.float64)
     return np.where(np.isfinite(error), error, np.inf)
 
 
