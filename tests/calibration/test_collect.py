@@ -495,8 +495,6 @@ _MEMORY = textwrap.dedent("""
     import resource, sys
     import numpy as np, onnx_ir as ir
     from onnxq.calibration.collect import collect
-from onnxq.calibration.data import open_data
-from onnxq.calibration.observe import named_values
     from onnxq.calibration.requests import StatRequest as R
 
     class Data:
