@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -121,12 +122,22 @@ def counted(count: int, what: str) -> str:
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
-def grouped(reasons: Iterable[str]) -> list[tuple[int, str]]:
-    """Equal reasons counted, the most frequent first."""
-    counts: dict[str, int] = {}
-    for reason in reasons:
-        counts[reason] = counts.get(reason, 0) + 1
-    return sorted(((n, reason) for reason, n in counts.items()), key=lambda x: (-x[0], x[1]))
+_PARTICULAR: Final = re.compile(r"(?<!\S)(?:\S*/\S+|[-+]?\d[\d.,]*(?:e[-+]?\d+)?)(?=[\s,;:]|$)")
+"""Words that differ between like sites: paths of nodes, and numbers."""
+
+
+def alike(text: str) -> str:
+    """``text`` without the names and numbers that belong to one site only."""
+    return _PARTICULAR.sub("...", text)
+
+
+def grouped(texts: Iterable[str]) -> list[tuple[int, str]]:
+    """Like texts counted, the most frequent first; what differs between them is left out."""
+    members: dict[str, list[str]] = {}
+    for text in texts:
+        members.setdefault(alike(text), []).append(text)
+    found = [(len(same), same[0] if len(set(same)) == 1 else key) for key, same in members.items()]
+    return sorted(found, key=lambda item: (-item[0], item[1]))
 
 
 @contextmanager

@@ -25,15 +25,15 @@ def common(function: F) -> F:
     return machine(debug(function))
 
 
-def threads(function: F) -> F:
-    """Add ``--threads``."""
+def threads(default: int | None) -> Callable[[F], F]:
+    """Add ``--threads``; without a default, the layers below choose."""
     return click.option(
         "--threads",
         type=click.IntRange(min=1),
-        default=1,
-        show_default=True,
-        help="Threads that onnxruntime may use.",
-    )(function)
+        default=default,
+        show_default=default is not None,
+        help="Threads that onnxruntime may use." + ("" if default else "  [default: all CPUs]"),
+    )
 
 
 def calibration(*, required: bool) -> Callable[[F], F]:
@@ -61,16 +61,12 @@ def calibration(*, required: bool) -> Callable[[F], F]:
                 click.option(
                     "--samples",
                     type=click.IntRange(min=1),
-                    default=64,
-                    show_default=True,
-                    help="Samples to read.",
+                    help="Samples to use, spread evenly over the data.  [default: all]",
                 ),
                 click.option(
                     "--max-length",
                     type=click.IntRange(min=1),
-                    default=128,
-                    show_default=True,
-                    help="Tokens that a text is cut to.",
+                    help="Tokens that a text is cut to.  [default: 128]",
                 ),
             )
         ):

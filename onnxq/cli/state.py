@@ -19,23 +19,41 @@ class State:
         argv: the arguments as they were typed, without the program's name.
         json: machine-readable results on stdout.
         debug: show the traceback of an error.
-        written: files that this invocation has finished, for the message when it is interrupted.
+        watched: outputs, and what lay in their places at the start.
     """
 
     argv: Sequence[str] = ()
     json: bool = False
     debug: bool = False
-    written: list[Path] = field(default_factory=list)
+    watched: dict[Path, tuple[int, int] | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, argv: Sequence[str]) -> State:
         """Read from raw arguments, so that errors in the arguments are shown the same way."""
         return cls(tuple(argv), json="--json" in argv, debug="--debug" in argv)
 
+    def watch(self, *paths: Path) -> None:
+        """Remember what is at ``paths`` now; outputs are replaced in one step, at the end."""
+        self.watched.update({path: _identity(path) for path in paths})
+
+    @property
+    def written(self) -> list[Path]:
+        """The outputs that this invocation has replaced, for the message of an interruption."""
+        return [p for p, old in self.watched.items() if _identity(p) not in (None, old)]
+
     @property
     def command(self) -> str:
         """The command line, quoted so that it can be pasted back into a shell."""
         return shlex.join(["onnxq", *self.argv])
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Changes when a file is replaced; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def current() -> State:

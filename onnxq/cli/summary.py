@@ -19,7 +19,7 @@ def print_run(view: RunView, *, verbose: bool) -> None:
     print_passes(view.passes, verbose=verbose)
     if view.layers:
         worst = sorted(view.layers, key=lambda e: e.sqnr_db)[: None if verbose else _WORST]
-        print_errors("Layers farthest from fp32", worst)
+        print_errors("Layers farthest from the float model that was quantized", worst)
     print_outputs(view.errors)
     print_outcome(view.bytes_before, view.bytes_after, view.speed)
     click.echo(view.verdict())

@@ -38,7 +38,7 @@ from onnxq.errors import SpecError
     help="Timed runs of each model, in turn.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random inputs.")
-@threads
+@threads(1)
 @common
 def command(
     models: tuple[Path, ...],

@@ -16,7 +16,7 @@ _LAYERS = 10
 @click.argument("reference", type=FILE)
 @click.argument("candidate", type=FILE)
 @calibration(required=True)
-@threads
+@threads(1)
 @click.option("--no-layers", is_flag=True, help="Skip the comparison of inner values.")
 @click.option("-v", "--verbose", is_flag=True, help="List every layer, not only the worst.")
 @common
@@ -29,13 +29,15 @@ def command(
     **data: Any,
 ) -> None:
     """Compare CANDIDATE with REFERENCE on samples: outputs, layers, size and speed."""
+    from onnxq.calibration.data import open_data
     from onnxq.cli import console
-    from onnxq.cli.data import open_samples
     from onnxq.cli.state import current
+    from onnxq.graph.io import load
     from onnxq.pipeline.compare import compare_models, per_layer
 
     with console.progress() as live:
-        samples = open_samples(reference, **data)
+        given = {name: value for name, value in data.items() if value is not None}
+        samples = open_data(given.pop("calib"), load(reference), **given)
         whole = compare_models(reference, candidate, samples, threads=threads, progress=live)
         layers = (
             []

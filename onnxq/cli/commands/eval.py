@@ -21,7 +21,7 @@ from onnxq.errors import SpecError
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="An option of the task."
 )
-@threads
+@threads(1)
 @common
 def command(
     model: Path,

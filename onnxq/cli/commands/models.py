@@ -81,10 +81,10 @@ def build_model(name: str, out: Path, settings: tuple[str, ...], checkpoint: Pat
                 "SPEC-MODEL-OPTION", f"`--set {setting}` has no `=`", "write --set KEY=VALUE"
             )
         options[key] = value
-    built = build(name, out, checkpoint=checkpoint, **options)
     state = current()
+    state.watch(out)
+    built = build(name, out, checkpoint=checkpoint, **options)
     files = [built.path, built.tokenizer_path]
-    state.written += files
     if state.json:
         console.emit(
             {

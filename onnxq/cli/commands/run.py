@@ -29,7 +29,7 @@ from onnxq.cli.options import FILE, calibration, common, threads
 )
 @calibration(required=False)
 @click.option("--target", metavar="NAME", help="Runtime of the output.  [default: cpu]")
-@threads
+@threads(None)
 @click.option("--seed", type=int, help="The only source of randomness.  [default: 0]")
 @click.option(
     "--min-cosine",
@@ -41,9 +41,13 @@ from onnxq.cli.options import FILE, calibration, common, threads
 @click.option("--dump-dir", type=FILE, metavar="DIR", help="Keep the model after each pass there.")
 @click.option("--resume", is_flag=True, help="Go on behind the last complete pass in --dump-dir.")
 @click.option("--bisect", is_flag=True, help="Find the first rewrite that breaks the model.")
-@click.option("--no-verify", is_flag=True, help="Skip the comparisons with fp32.")
+@click.option(
+    "--no-verify", is_flag=True, help="Skip the checks of passes that promise to keep the function."
+)
 @click.option("--report", type=FILE, metavar="FILE", help="Write one HTML page about the run.")
-@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@click.option(
+    "--force", is_flag=True, help="Write the output even if it is bad; the exit code stays 3."
+)
 @click.option("-v", "--verbose", is_flag=True, help="List each site.")
 @common
 def command(model: Path, passes: str, out: Path | None, **options: Any) -> int:

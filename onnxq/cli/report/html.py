@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Final
 
-from onnxq.cli.console import counted, milliseconds, size
+from onnxq.cli.console import alike, counted, milliseconds, size
 from onnxq.cli.report import drawings
 from onnxq.cli.view import ErrorView, PassView, RunView
 from onnxq.errors import DataError
@@ -143,10 +143,10 @@ def _pass_row(view: PassView) -> str:
     what += "".join(f"<div>{escape(note)}</div>" for note in view.notes)
     sites: dict[str, list[str]] = {}
     for site, reason in view.skipped:
-        sites.setdefault(reason, []).append(site)
+        sites.setdefault(alike(reason), []).append(site)
     what += "".join(
         f'<details><summary>left alone: {escape(reason)} <span class="count">{count}</span>'
-        f"</summary><ul>{''.join(f'<li class=mono>{escape(s)}</li>' for s in sites[reason])}</ul>"
+        f"</summary><ul>{''.join(f'<li class=mono>{escape(s)}</li>' for s in sites[alike(reason)])}</ul>"
         "</details>"
         for count, reason in view.reasons()
     )
@@ -184,9 +184,9 @@ def _layers(layers: Sequence[ErrorView]) -> str:
     )
     plot = drawings.layer_plot(layers, {e.name for e in ordered})
     return (
-        "<h2>Layers</h2><p>Signal to quantization noise of each layer's output against fp32, in "
-        "dB: more is better, 20 dB is one part in ten. The error of a layer holds what the "
-        "layers before it lost.</p>"
+        "<h2>Layers</h2><p>Signal to quantization noise of each value, in dB, against the float "
+        "model that was quantized: more is better, 20 dB is one part in ten. The error of a layer "
+        "holds what the layers before it lost.</p>"
         f"<figure>{plot}<figcaption>All {len(layers)} layers in graph order, the worst "
         f"{len(ordered)} marked</figcaption></figure>"
         '<div class="scroll"><table><thead><tr><th>worst layers</th><th class="wide-only">op</th>'

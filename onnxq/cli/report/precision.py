@@ -108,8 +108,7 @@ def _cell(node: ir.Node, why: Mapping[str, str]) -> CellView:
         elif activation == "float":
             activation = _activation(value)
     if node.op_type == "MatMulNBits":
-        bits = node.attributes.get("bits")
-        weight = f"int{bits.as_int() if bits is not None else 4}"
+        weight = f"int{_bits(node)}"
     name = node.name or str(node.outputs[0].name)
     return CellView(
         name, node.op_type, activation, weight, _mode(activation, weight), why.get(name, "")
@@ -170,11 +169,32 @@ def _is_dynamic(value: ir.Value) -> bool:
     )
 
 
-def bytes_by_dtype(model: ir.Model) -> dict[str, int]:
-    """Bytes of the initializers by number format."""
+def bytes_by_format(model: ir.Model) -> dict[str, int]:
+    """Bytes of the initializers by number format; packed weights count as what they hold."""
+    packed = {
+        node.inputs[1].name: f"int{_bits(node)}"
+        for node in model.graph
+        if node.op_type == "MatMulNBits" and node.inputs[1] is not None
+    }
     found: dict[str, int] = {}
     for value in model.graph.initializers.values():
         if value.const_value is not None:
-            name = "float32" if _format(value) == "float" else _format(value)
+            name = packed.get(value.name) or (
+                "float32" if _format(value) == "float" else _format(value)
+            )
             found[name] = found.get(name, 0) + int(value.const_value.nbytes)
     return found
+
+
+def bits_per_weight(before: Mapping[str, int], after: Mapping[str, int]) -> float | None:
+    """Bits that a float weight of the input takes in the output, scales included."""
+    sizes = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
+    count = sum(total / sizes[name] for name, total in before.items() if name in sizes)
+    kept = {n: b for n, b in after.items() if n in sizes or "8" in n or "4" in n or "2" in n}
+    kept.pop("int64", None)
+    return 8 * sum(kept.values()) / count if count else None
+
+
+def _bits(node: ir.Node) -> int:
+    bits = node.attributes.get("bits")
+    return bits.as_int() if bits is not None else 4
