@@ -21,7 +21,7 @@ from onnxq.graph import io
 from onnxq.graph.edit import validate as validate_graph
 from onnxq.passes.contract import Artifacts, Budget, Pass, Progress, no_progress
 from onnxq.passes.targets import parse_target
-from onnxq.pipeline.execute import Sample, memory_session, run_samples
+from onnxq.pipeline.execute import Sample, Workspace, run_samples
 from onnxq.pipeline.hooks import VERIFY_SAMPLES, Outputs, worst_output
 from onnxq.pipeline.runner import Pipeline, Settings, apply_pass
 from onnxq.pipeline.validate import validate
@@ -84,12 +84,13 @@ class _Probe:
     """Runs models on the samples and judges what it sees."""
 
     samples: Sequence[Sample]
+    space: Workspace
     threads: int
     original: Outputs
     max_error: float
 
     def outputs(self, model: ir.Model) -> Outputs:
-        return list(run_samples(memory_session(model, threads=self.threads), self.samples))
+        return list(run_samples(self.space.session(model, threads=self.threads), self.samples))
 
     def judge(self, owner: Pass, before: Outputs, after: Outputs) -> tuple[str, float, float, str]:
         """Worst output, its error, the error added by ``owner``, and what is wrong, if anything."""
@@ -132,7 +133,7 @@ def bisect(
     if not chosen:
         raise DataError("DATA-NO-SAMPLES", "there are no samples to bisect on", "give --calib")
     settings = Settings(data=data, target=parse_target(target), seed=seed, threads=threads)
-    probe = _Probe(chosen, threads, [], max_error)
+    probe = _Probe(chosen, Workspace(), threads, [], max_error)
     probe.original = before = probe.outputs(reference)
     current, artifacts = io.copy_model(reference), Artifacts()
     steps: list[BisectStep] = []

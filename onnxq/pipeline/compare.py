@@ -19,7 +19,7 @@ from onnxq.errors import DataError
 from onnxq.graph import io
 from onnxq.graph.tensors import model_nbytes
 from onnxq.passes.contract import Progress, no_progress
-from onnxq.pipeline.execute import Sample, memory_session, run_samples
+from onnxq.pipeline.execute import Sample, Workspace, run_samples
 from onnxq.pipeline.metrics import cosine, sqnr_db
 
 if TYPE_CHECKING:
@@ -390,24 +390,24 @@ def per_layer(
     shared = _shared_values(old, new, names)
     samples = list(islice(data, limit))
     found: list[LayerDiff] = []
-    for start in range(0, len(shared), VALUES_A_SWEEP):
-        tell("compare layers", start, len(shared))
-        chunk = shared[start : start + VALUES_A_SWEEP]
-        found.extend(_compare_values(old, new, chunk, samples, threads))
+    with Workspace() as space:
+        for start in range(0, len(shared), VALUES_A_SWEEP):
+            tell("compare layers", start, len(shared))
+            chunk = shared[start : start + VALUES_A_SWEEP]
+            before = space.session(old, threads=threads, outputs=[name for name, _, _ in chunk])
+            after = space.session(new, threads=threads, outputs=[name for _, name, _ in chunk])
+            found.extend(_compare_values(before, after, chunk, samples))
     tell("compare layers", len(shared), len(shared))
     return found
 
 
 def _compare_values(
-    old: ir.Model,
-    new: ir.Model,
+    before: ort.InferenceSession,
+    after: ort.InferenceSession,
     chunk: Sequence[tuple[str, str, str]],
     samples: Sequence[Sample],
-    threads: int,
 ) -> Iterator[LayerDiff]:
     """The values of ``chunk``: (name in the reference, name in the candidate, operator)."""
-    before = memory_session(old, threads=threads, outputs=[name for name, _, _ in chunk])
-    after = memory_session(new, threads=threads, outputs=[name for _, name, _ in chunk])
     tallies = [_Tally() for _ in chunk]
     for left, right in zip(run_samples(before, samples), run_samples(after, samples), strict=True):
         for tally, (name, other, _) in zip(tallies, chunk, strict=True):

@@ -14,7 +14,7 @@ import numpy as np
 
 from onnxq.errors import EquivalenceError
 from onnxq.graph.edit import validate
-from onnxq.pipeline.execute import Sample, memory_session, run_samples
+from onnxq.pipeline.execute import Sample, Workspace, run_samples
 from onnxq.pipeline.metrics import relative_error
 from onnxq.pipeline.snapshot import Snapshot
 
@@ -85,13 +85,14 @@ class VerifyHook(Hook):
 
     samples: Sequence[Sample]
     threads: int = 1
+    _space: Workspace = field(default_factory=Workspace, init=False)
     _before: Outputs | None = field(default=None, init=False)
     _snapshot: Snapshot | None = field(default=None, init=False)
 
     def before_pass(self, step: Step) -> None:
         """Keep the outputs that the pass must preserve."""
         if step.owner.tolerance is None:
-            self._before = None
+            self.close()
             return
         self._snapshot = Snapshot(step.model)
         if self._before is None:
@@ -122,8 +123,14 @@ class VerifyHook(Hook):
             )
         self._before = after
 
+    def close(self) -> None:
+        """Forget the outputs and weights of the last model."""
+        self._before = self._snapshot = None
+        self._space.close()
+        self._space = Workspace()
+
     def _outputs(self, model: ir.Model) -> Outputs:
-        return list(run_samples(memory_session(model, threads=self.threads), self.samples))
+        return list(run_samples(self._space.session(model, threads=self.threads), self.samples))
 
 
 def worst_output(before: Outputs, after: Outputs) -> tuple[str, float]:

@@ -265,8 +265,10 @@ def run(
                 progress=tell,
             )
         problem = None if comparison is None else _problem(comparison, min_cosine)
-        if problem is not None and not keep_bad:
-            raise problem
+        if problem is not None:
+            problem.hint += "; the output was kept" if keep_bad else "; nothing was written"
+            if not keep_bad:
+                raise problem
         # Saved again rather than moved: the data file must be in place before the graph is, and
         # the staged one holds the very bytes that were checked.
         saved = io.save(io.load(staged.path), output, source=plan.source)
@@ -400,7 +402,7 @@ def _problem(comparison: Comparison, min_cosine: float | None) -> QualityError |
         return QualityError(
             code,
             f"output `{output.name}` {what}",
-            "find the pass with --bisect; nothing was written",
+            "find the pass with --bisect",
             output=output.name,
         )
     if min_cosine is None:
@@ -411,7 +413,7 @@ def _problem(comparison: Comparison, min_cosine: float | None) -> QualityError |
                 "QUALITY-COSINE",
                 f"output `{output.name}` has cosine {output.cosine_mean:.5f} with the original, "
                 f"below {min_cosine:g}",
-                "leave sensitive layers in float, or lower --min-cosine; nothing was written",
+                "leave sensitive layers in float, or lower --min-cosine",
                 output=output.name,
                 cosine=output.cosine_mean,
                 min_cosine=min_cosine,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -190,16 +191,15 @@ class Pipeline:
         if dump is not None and resume:
             results = _restore(dump, state)
         samples = _verify_samples(holdout, data) if verify else []
-        chain: list[Hook] = [ValidityHook()]
-        if samples:
-            chain.append(VerifyHook(samples, threads))
-        chain.extend(hooks)
-        for number in range(len(results) + 1, len(self.passes) + 1):
-            step = _run_step(self.passes, number, state, settings, chain)
-            if verify and not samples and step.owner.tolerance is not None:
-                step.report.note("not verified: the run has no samples")
-            fingerprint = None if dump is None else dump.write(step)
-            results.append(_result(step, fingerprint))
+        check = VerifyHook(samples, threads)
+        chain = [ValidityHook(), *([check] if samples else []), *hooks]
+        with closing(check):
+            for number in range(len(results) + 1, len(self.passes) + 1):
+                step = _run_step(self.passes, number, state, settings, chain)
+                if verify and not samples and step.owner.tolerance is not None:
+                    step.report.note("not verified: the run has no samples")
+                fingerprint = None if dump is None else dump.write(step)
+                results.append(_result(step, fingerprint))
         provenance = provenance_of(self.passes, reference, settings)
         io.set_provenance(state.model, provenance)
         return RunResult(state.model, results, state.artifacts, provenance)

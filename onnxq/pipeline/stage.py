@@ -16,6 +16,9 @@ from onnxq.graph.atomic import reported
 SUFFIX: Final = ".onnxq-stage"
 """End of the name of every staging folder: ``.<output>.<random><suffix>``."""
 
+_LOCK: Final = "lock"
+"""A file in the folder; the folder itself is locked by the save into it."""
+
 
 @contextmanager
 def staging(target: Path) -> Iterator[Path]:
@@ -31,14 +34,17 @@ def staging(target: Path) -> Iterator[Path]:
     folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}{SUFFIX}")
     with reported(target):
         folder.mkdir()
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    descriptor = -1
     try:
+        with reported(target):
+            descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         with suppress(OSError):  # file systems without locks
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(descriptor)
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 def _remove_stale(target: Path) -> None:
@@ -49,7 +55,7 @@ def _remove_stale(target: Path) -> None:
 
 def _remove_unlocked(folder: Path) -> None:
     with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder)
