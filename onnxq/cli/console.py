@@ -95,7 +95,7 @@ def table(columns: Sequence[tuple[str, Justify]], rows: Iterable[Sequence[str]])
             no_wrap=justify == "right",
             overflow="fold",
             ratio=None,
-            min_width=4 if index else 6,
+            min_width=(4 if index else 6) if name else None,
         )
     for row in rows:
         made.add_row(*(Text(cell) for cell in row))

@@ -13,6 +13,7 @@ from onnxq.cli.state import State, current
 from onnxq.errors import DataError, EquivalenceError, SpecError
 
 if TYPE_CHECKING:
+    from onnxq.cli.evidence import Evidence
     from onnxq.pipeline.run import RunSummary
 
 _DATA_OPTIONS = ("tokenizer", "images", "samples", "max_length")
@@ -45,7 +46,7 @@ def _run(model: Path, passes: str, output: Path, options: Mapping[str, Any]) -> 
             loud=True,
         )
     state.watch(output, output.with_name(output.name + RECIPE_SUFFIX))
-    from onnxq.cli.baseline import KeepBaseline
+    from onnxq.cli.evidence import Evidence, KeepBaseline, gather
 
     keeper = KeepBaseline()
     wants_layers = page is not None or options["verbose"]
@@ -68,12 +69,10 @@ def _run(model: Path, passes: str, output: Path, options: Mapping[str, Any]) -> 
             hooks=[keeper] if wants_layers else [],
             progress=live,
         )
-        layers = []
+        evidence = Evidence()
         if wants_layers:
-            from onnxq.cli.adapt import layers_of
-
-            layers = layers_of(summary, keeper.model, options, live)
-    return _show(summary, layers, page, state, verbose=options["verbose"])
+            evidence = gather(summary, keeper, options, live, histograms=page is not None)
+    return _show(summary, evidence, page, state, verbose=options["verbose"])
 
 
 def _check_page(page: Path, model: Path, output: Path) -> None:
@@ -88,12 +87,12 @@ def _check_page(page: Path, model: Path, output: Path) -> None:
 
 
 def _show(
-    summary: RunSummary, layers: list[Any], page: Path | None, state: State, *, verbose: bool
+    summary: RunSummary, evidence: Evidence, page: Path | None, state: State, *, verbose: bool
 ) -> int:
     from onnxq.cli.adapt import run_view
     from onnxq.cli.summary import print_run
 
-    view = run_view(summary, layers, state.command, with_drawings=page is not None)
+    view = run_view(summary, evidence, state.command, with_drawings=page is not None)
     for warning in view.warnings:
         console.notice(warning, loud=True)
     if page is not None:

@@ -57,10 +57,14 @@ def command(
     from onnxq.cli.adapt import error_views, layer_view, speed_view
     from onnxq.cli.summary import print_errors, print_outcome, print_outputs
 
+    from onnxq.cli.evidence import MOVES
+
+    layers = [layer for layer in layers if layer.op not in MOVES]
     if layers:
         ordered = sorted(layers, key=lambda e: e.sqnr_db)[: None if verbose else _LAYERS]
         title = f"Layers farthest from {reference.name}, of {len(layers)}"
         print_errors(title, [layer_view(layer) for layer in ordered])
+        click.echo("values into which a pass folded a bias or a scale differ by that too\n")
     print_outputs(error_views(whole))
     print_outcome(
         whole.reference_bytes,

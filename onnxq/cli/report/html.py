@@ -117,7 +117,14 @@ def _tiles(view: RunView) -> str:
         )
         tiles.append(_tile("Speed", f"{fast.ratio:.2f}", "x fp32", note))
     if view.worst is not None:
-        tiles.append(_tile("Cosine", f"{view.worst.cosine:.5f}", "", f"to fp32, {view.samples}"))
+        tiles.append(
+            _tile(
+                "Cosine",
+                f"{view.worst.cosine:.5f}",
+                "",
+                f"to fp32, mean of {counted(view.worst.samples, 'sample')}",
+            )
+        )
         tiles.append(_tile("SQNR", _decibel(view.worst.sqnr_db), "dB", f"output {view.worst.name}"))
     if view.weight_bits is not None:
         tiles.append(_tile("Weights", f"{view.weight_bits:.2f}", "bits", "mean of a weight"))
@@ -141,15 +148,16 @@ def _passes(passes: Sequence[PassView]) -> str:
 def _pass_row(view: PassView) -> str:
     what = "".join(f"<div>{n} x {escape(text)}</div>" for n, text in view.changes())
     what += "".join(f"<div>{escape(note)}</div>" for note in view.notes)
+    what = what or ("" if view.skipped else "<div>nothing to do</div>")
     sites: dict[str, list[str]] = {}
     for site, reason in view.skipped:
         sites.setdefault(alike(reason), []).append(site)
-    what += "".join(
-        f'<details><summary>left alone: {escape(reason)} <span class="count">{count}</span>'
-        f"</summary><ul>{''.join(f'<li class=mono>{escape(s)}</li>' for s in sites[alike(reason)])}</ul>"
-        "</details>"
-        for count, reason in view.reasons()
-    )
+    for count, reason in view.reasons():
+        names = "".join(f"<li class=mono>{escape(s)}</li>" for s in sites[alike(reason)])
+        what += (
+            f'<details><summary>left alone: {escape(reason)} <span class="count">{count}</span>'
+            f"</summary><ul>{names}</ul></details>"
+        )
     return (
         f'<tr><td><span class="mono">{escape(view.spec)}</span></td>'
         f'<td class="n">{len(view.changed)}</td><td class="name">{what}</td>'
@@ -231,7 +239,7 @@ def _weights(view: RunView) -> str:
 
 
 def _provenance(view: RunView) -> str:
-    facts = {"input": view.source, "output": view.output, "pipeline": view.pipeline}
+    facts = {"model": view.source, "output": view.output, "pipeline": view.pipeline}
     rows = "".join(
         f"<dt>{escape(k)}</dt><dd class=mono>{escape(v)}</dd>"
         for k, v in {**facts, **view.provenance}.items()

@@ -92,7 +92,9 @@ def _is_shown(node: ir.Node) -> bool:
         return True
     if node.op_type == "Gather" and node.inputs[0] is not None:
         table = _constant(node.inputs[0])
-        return table is not None and table.shape is not None and len(table.shape) == 2
+        # One column: the scales of a quantized table, looked up beside it.
+        shape = None if table is None else table.shape
+        return shape is not None and len(shape) == 2 and shape[1] != 1
     return False
 
 
