@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from typing import Any, Literal, TypeVar
 ROOT = Path(__file__).parents[1]
 JOBS = Path(__file__).with_name("_jobs.py")
 POLL_SECONDS = 0.005
+JOB_SECONDS = 600.0
 MB = 1e6
 
 T = TypeVar("T")
@@ -100,9 +102,20 @@ def run_job(job: str, **options: Any) -> Cost:
             cwd=folder,  # a peer that litters the working directory litters this one
             env=environment,
             text=True,
+            start_new_session=True,
         )
         tree = _TreeMemory(child.pid)
-        _, stderr = child.communicate()
+        try:
+            _, stderr = child.communicate(timeout=JOB_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.communicate()
+            return Cost(
+                wall_s=JOB_SECONDS, peak_mb=tree.stop(), error=f"not done in {JOB_SECONDS:g} s"
+            )
+        except BaseException:
+            os.killpg(child.pid, signal.SIGKILL)
+            raise
         wall = time.perf_counter() - began
         peak = tree.stop()
         if not answer.is_file():
