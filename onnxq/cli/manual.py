@@ -47,7 +47,7 @@ Completion: `eval "$(onnxq completion bash)"`, or `zsh`, or `onnxq completion fi
 
 def markdown() -> str:
     """The page."""
-    root = click.Context(app, info_name="onnxq")
+    root = app.make_context("onnxq", [], resilient_parsing=True)
     parts = [_HEAD]
     for name in COMMANDS:
         command = app.get_command(root, name)
@@ -58,7 +58,7 @@ def markdown() -> str:
 
 def _sections(command: click.Command, parent: click.Context, depth: int) -> Iterator[str]:
     """The command's help and that of its subcommands."""
-    context = click.Context(command, info_name=command.name, parent=parent, max_content_width=96)
+    context = click.Context(command, info_name=command.name, parent=parent)
     context.terminal_width = 96
     yield f"{'#' * depth} {context.command_path}\n\n```\n{command.get_help(context)}\n```\n"
     if isinstance(command, click.Group):

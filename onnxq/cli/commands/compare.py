@@ -55,9 +55,8 @@ def command(
         )
         return
     from onnxq.cli.adapt import error_views, layer_view, speed_view
-    from onnxq.cli.summary import print_errors, print_outcome, print_outputs
-
     from onnxq.cli.evidence import MOVES
+    from onnxq.cli.summary import print_errors, print_outcome, print_outputs
 
     layers = [layer for layer in layers if layer.op not in MOVES]
     if layers:

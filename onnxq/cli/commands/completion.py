@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import click
 
 from onnxq.cli.options import common
 from onnxq.errors import InternalError
 
+HELP: Final = """\
+Print the shell completion script.
 
-@click.command("completion", short_help="Print the shell completion script.")
+\b
+bash:  eval "$(onnxq completion bash)"        in ~/.bashrc
+zsh:   eval "$(onnxq completion zsh)"         in ~/.zshrc
+fish:  onnxq completion fish | source         in ~/.config/fish/config.fish"""
+
+
+@click.command("completion", help=HELP, short_help="Print the shell completion script.")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @common
 def command(shell: str) -> None:
-    r"""Print the shell completion script.
-
-    \b
-    bash:  eval "$(onnxq completion bash)"        in ~/.bashrc
-    zsh:   eval "$(onnxq completion zsh)"         in ~/.zshrc
-    fish:  onnxq completion fish | source         in ~/.config/fish/config.fish
-    """
+    """Print the script; see ``HELP``."""
     from click.shell_completion import get_completion_class
 
     from onnxq.cli import console
