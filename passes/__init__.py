@@ -7,5 +7,6 @@ weights, ``lower/`` turns the plan into Q/DQ nodes or packed operators.
 
 if __name__ != "onnxq.passes":
     raise ImportError(
-        f"this package is onnxq.passes, not {__name__}: a second copy would register every pass twice"
+        f"this package is onnxq.passes, not {__name__}: "
+        "a second copy would register every pass twice"
     )

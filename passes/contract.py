@@ -78,7 +78,9 @@ class Artifacts:
         try:
             value: T = self._values[key.name]
         except KeyError:
-            raise InternalError("ARTIFACT-MISSING", f"artifact `{key}` was never provided") from None
+            raise InternalError(
+                "ARTIFACT-MISSING", f"artifact `{key}` was never provided"
+            ) from None
         return value
 
     def put(self, key: Key[T], value: T) -> None:
@@ -173,9 +175,11 @@ class PassReport:
 
 
 class Progress(Protocol):
-    """Called with (what, done, total); ``total`` is None while it is not known."""
+    """What a pass calls as it proceeds."""
 
-    def __call__(self, what: str, done: int, total: int | None) -> None: ...
+    def __call__(self, what: str, done: int, total: int | None) -> None:
+        """``done`` of ``total`` of ``what``; ``total`` is None while it is not known."""
+        ...
 
 
 def no_progress(what: str, done: int, total: int | None) -> None:

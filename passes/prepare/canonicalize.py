@@ -15,6 +15,7 @@ Rewrites, each of which keeps the function:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,11 +23,23 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from onnxq.graph.edit import add_initializer, remove_dead, replace_value
+from onnxq.graph.edit import add_initializer, fresh_name, remove_dead, replace_value
 from onnxq.graph.match import const_array, is_const, is_op, sole_consumer
-from onnxq.graph.match.values import attr_float, attr_int, attr_ints, attr_string, node_label
+from onnxq.graph.match.values import (
+    OVERRIDABLE_SINCE_IR,
+    attr_float,
+    attr_int,
+    attr_ints,
+    attr_string,
+    const_ints,
+    node_label,
+)
 from onnxq.passes.contract import Context, Pass, PassReport
+from onnxq.passes.keys import PLAN, STATISTICS
 from onnxq.passes.prepare.opset import raise_opset
+
+MAX_ROUNDS = 8
+"""Rounds of cleaning; two or three are usual, the last of which finds nothing."""
 
 FOLD_LIMIT = 64 * 1024 * 1024
 """Largest folded constant, in elements: weights behind a Transpose must pass."""
@@ -43,6 +56,8 @@ class Canonicalize(Pass):
 
     name: ClassVar[str] = "canonicalize"
     summary: ClassVar[str] = "fold constants, BatchNorm and Pad; drop dead code; raise the opset"
+    invalidates: ClassVar = (STATISTICS,)
+    forbids: ClassVar = (PLAN,)
     tolerance: ClassVar[float | None] = 1e-4
     may_match_nothing: ClassVar[bool] = True
 
@@ -51,36 +66,71 @@ class Canonicalize(Pass):
     def run(self, model: ir.Model, ctx: Context) -> PassReport:
         """Apply all rewrites to every graph of the model."""
         report = PassReport()
-        before = _count_nodes(model)
+        before, _ = size = _size(model)
+        _drop_constant_inputs(model)
         if raise_opset(model, self.opset, report):
             report.change("model", "opset raised", f"to {self.opset}")
-        _drop_constant_inputs(model)
-        fold_constants(model)
-        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-        for graph in (model.graph, *model.graph.subgraphs()):
-            _fold_transposed_weights(graph, model.ir_version, report)
-            _fold_batch_norms(graph, model.ir_version, report)
-            _fold_pads(graph, model.ir_version, report)
-            _drop_identities(graph)
-            _name_nodes(graph)
-        common.DeduplicateInitializersPass(size_limit=1024)(model)
-        common.CommonSubexpressionEliminationPass()(model)
-        remove_dead(model.graph)
-        common.RemoveUnusedOpsetsPass()(model)
-        after = _count_nodes(model)
-        if after < before:
-            report.change("model", "nodes removed", f"{before} to {after}")
+        skipped = report.skipped
+        for _ in range(MAX_ROUNDS):
+            step = _clean(model)
+            report.changed.extend(step.changed)
+            report.skipped = [*skipped, *step.skipped]
+            if size == (size := _size(model)):
+                break
+        if size[0] < before:
+            report.change("model", "nodes removed", f"{before} to {size[0]}")
         return report
 
 
-def _count_nodes(model: ir.Model) -> int:
-    return sum(1 for _ in model.graph.all_nodes())
+def _size(model: ir.Model) -> tuple[int, int]:
+    """How many nodes and how many initializers there are."""
+    return (
+        sum(1 for _ in model.graph.all_nodes()),
+        sum(len(graph.initializers) for graph in model.graphs()),
+    )
+
+
+def _clean(model: ir.Model) -> PassReport:
+    """One round: what one rewrite leaves behind may be work for those before it."""
+    report = PassReport()
+    fold_constants(model)
+    _forget_removed_nodes(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    for graph in (model.graph, *model.graph.subgraphs()):
+        _fold_transposed_weights(graph, model.ir_version, report)
+        _fold_batch_norms(graph, model.ir_version, report)
+        _fold_pads(graph, model.ir_version, report)
+        _drop_identities(graph)
+        _name_nodes(graph)
+    common.DeduplicateInitializersPass(size_limit=1024)(model)
+    common.CommonSubexpressionEliminationPass()(model)
+    remove_dead(model.graph)
+    common.RemoveUnusedOpsetsPass()(model)
+    return report
+
+
+def _forget_removed_nodes(model: ir.Model) -> None:
+    """Branches of a folded If keep their place among the readers of outer values: drop them."""
+    nodes = set(model.graph.all_nodes())
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for value in (*graph.inputs, *graph.initializers.values()):
+            _drop_uses_outside(value, nodes)
+    for node in nodes:
+        for value in node.outputs:
+            _drop_uses_outside(value, nodes)
+
+
+def _drop_uses_outside(value: ir.Value, nodes: set[ir.Node]) -> None:
+    for use in list(value.uses()):
+        if use.node not in nodes:
+            use.node.replace_input_with(use.idx, None)
 
 
 def _drop_constant_inputs(model: ir.Model) -> None:
     """Before IR version 4 every initializer had to be listed as an input, overridable or not."""
-    if model.ir_version is not None and model.ir_version < 4:
+    if model.ir_version < OVERRIDABLE_SINCE_IR:
         common.RemoveInitializersFromInputsPass()(model)
+        model.ir_version = OVERRIDABLE_SINCE_IR
 
 
 def fold_constants(model: ir.Model) -> None:
@@ -91,8 +141,8 @@ def fold_constants(model: ir.Model) -> None:
         """ConstantOfShape is not folded unless asked for; small ones feed shapes and pads."""
         if not is_op(node, "ConstantOfShape"):
             return None
-        shape = const_array(node.inputs[0]) if node.inputs[0] is not None else None
-        return shape is not None and int(np.prod(shape)) <= 1024
+        shape = const_ints(node.inputs[0])
+        return shape is not None and math.prod(shape) <= 1024
 
     optimizer.fold_constants(
         model, input_size_limit=1024, output_size_limit=1024 * 1024, should_fold=small_fill
@@ -100,14 +150,16 @@ def fold_constants(model: ir.Model) -> None:
 
 
 def _name_nodes(graph: ir.Graph) -> None:
-    """Give nameless nodes the name of their output, so that globs and reports can say them."""
-    taken = {node.name for node in graph if node.name}
+    """One name for each node, so that globs and reports can say which is meant.
+
+    A node without a name gets that of its output, a doubled name gets a number.
+    """
+    listed = {node.name for node in graph if node.name}
+    taken: set[str] = set()
     for node in graph:
-        if node.name:
-            continue
         base = name = node_label(node)
         count = 1
-        while name in taken:
+        while name in taken or (name in listed and name != node.name):
             count += 1
             name = f"{base}_{count}"
         taken.add(name)
@@ -124,7 +176,7 @@ def _drop_identities(graph: ir.Graph) -> None:
 
 
 def _fold_transposed_weights(graph: ir.Graph, ir_version: int, report: PassReport) -> None:
-    """``Transpose(initializer)`` read only by matrix products becomes an initializer."""
+    """``Transpose(initializer)`` becomes an initializer, unless a tied weight would be doubled."""
     for node in list(graph):
         if not is_op(node, "Transpose"):
             continue
@@ -135,9 +187,8 @@ def _fold_transposed_weights(graph: ir.Graph, ir_version: int, report: PassRepor
         if array is None or array.size > FOLD_LIMIT or array.dtype.kind not in "fi":
             continue
         perm = attr_ints(node, "perm") or tuple(reversed(range(array.ndim)))
-        folded = add_initializer(
-            graph, f"{source.name}_transposed", np.ascontiguousarray(array.transpose(perm))
-        )
+        name = fresh_name(graph, f"{source.name}_transposed")
+        folded = add_initializer(graph, name, np.ascontiguousarray(array.transpose(perm)))
         replace_value(result, folded)
         report.change(node_label(node), "constant Transpose folded")
         graph.remove(node, safe=True)
@@ -168,6 +219,8 @@ def _fold_batch_norm(graph: ir.Graph, norm: ir.Node, ir_version: int) -> str | N
     if weight is None or weight_value is None or any(p is None for p in params):
         return "weights or statistics are not constant"
     gamma, beta, mean, var = (np.asarray(p, np.float64) for p in params)
+    if gamma.size != weight.shape[0]:
+        return f"its scale has {gamma.size} elements, not one a channel"
     old_bias = conv.inputs[2] if len(conv.inputs) > 2 else None
     bias = 0.0 if old_bias is None else const_array(old_bias, ir_version)
     if bias is None:
@@ -175,8 +228,10 @@ def _fold_batch_norm(graph: ir.Graph, norm: ir.Node, ir_version: int) -> str | N
     factor = gamma / np.sqrt(var + attr_float(norm, "epsilon", 1e-5))
     folded = weight.astype(np.float64) * factor.reshape(-1, *([1] * (weight.ndim - 1)))
     shifted = factor * (np.asarray(bias, np.float64) - mean) + beta
-    new_weight = add_initializer(graph, f"{weight_value.name}_bn", folded.astype(weight.dtype))
-    new_bias = add_initializer(graph, f"{conv.outputs[0].name}_bias", shifted.astype(weight.dtype))
+    weight_name = fresh_name(graph, f"{weight_value.name}_bn")
+    new_weight = add_initializer(graph, weight_name, folded.astype(weight.dtype))
+    bias_name = fresh_name(graph, f"{conv.outputs[0].name}_bias")
+    new_bias = add_initializer(graph, bias_name, shifted.astype(weight.dtype))
     inputs = [conv.inputs[0], new_weight, new_bias]
     fused = ir.Node(
         conv.domain, "Conv", inputs, conv.attributes.values(), num_outputs=1, name=conv.name
@@ -192,7 +247,7 @@ def _fold_batch_norm(graph: ir.Graph, norm: ir.Node, ir_version: int) -> str | N
 def _fold_pads(graph: ir.Graph, ir_version: int, report: PassReport) -> None:
     for pad in [n for n in graph if is_op(n, "Pad")]:
         conv = sole_consumer(pad.outputs[0], "Conv")
-        if conv is None:
+        if conv is None or conv.inputs[0] is not pad.outputs[0]:
             continue
         reason = _fold_pad(graph, pad, conv, ir_version)
         if reason is None:
@@ -207,7 +262,7 @@ def _fold_pad(graph: ir.Graph, pad: ir.Node, conv: ir.Node, ir_version: int) -> 
         return "the Pad does not fill with a constant"
     amounts = _pad_amounts(pad, ir_version)
     if amounts is None:
-        return "the Pad's amounts are not constant"
+        return "the Pad's amounts are not constant, or it does not fill with zero"
     if attr_string(conv, "auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
         return "the Conv pads by itself"
     half = len(amounts) // 2
@@ -216,7 +271,9 @@ def _fold_pad(graph: ir.Graph, pad: ir.Node, conv: ir.Node, ir_version: int) -> 
     spatial = half - 2
     own = attr_ints(conv, "pads") or (0,) * (2 * spatial)
     extra = (*amounts[2:half], *amounts[half + 2 :])
-    conv.attributes["pads"] = ir.AttrInt64s("pads", [a + b for a, b in zip(own, extra, strict=True)])
+    conv.attributes["pads"] = ir.AttrInt64s(
+        "pads", [a + b for a, b in zip(own, extra, strict=True)]
+    )
     conv.attributes.pop("auto_pad", None)
     source = pad.inputs[0]
     if source is None:
