@@ -49,7 +49,13 @@ def _builtin(group: str, **classes: str) -> dict[str, Entry]:
 
 BUILTIN: Final[Mapping[str, Entry]] = {
     **_builtin("prepare", canonicalize="Canonicalize"),
-    **_builtin("transform", simplify_attention="SimplifyAttention", smooth_quant="SmoothQuant"),
+    **_builtin(
+        "transform",
+        simplify_attention="SimplifyAttention",
+        smooth_quant="SmoothQuant",
+        fold_norm="FoldNorm",
+        rotate="Rotate",
+    ),
     **_builtin(
         "decide", calibrate="Calibrate", assign="Assign", partial="Partial", sanity="Sanity"
     ),
