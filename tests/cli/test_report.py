@@ -127,11 +127,9 @@ def test_strip_draws_a_border_where_precision_changes() -> None:
         CellView("layer.0/c", "MatMul", "uint8", "int8", "static"),
         CellView("layer.1/d", "Softmax", "float", "", "float"),
     ]
-    drawn = drawings.strip(cells)
-    assert drawn.count('class="edge"') == 2 == drawings.changes(cells)
-    assert [name for name, _ in drawings.blocks(cells)] == ["1 to 4"] or [
-        name for name, _ in drawings.blocks(cells)
-    ] == ["layer.0", "layer.1"]
+    drawn = drawings.strip(cells).split("<svg")[1:]
+    assert ['class="edge"' in cell for cell in drawn] == [False, True, False, True]
+    assert drawings.changes(cells) == 2
 
 
 def test_blocks_follow_the_layers(run_view: RunView) -> None:
