@@ -198,7 +198,7 @@ def to_toml(table: Mapping[str, Any]) -> str:
 
 def _toml_key(key: str) -> str:
     bare = key and all(c.isascii() and (c.isalnum() or c in "-_") for c in key)
-    return key if bare else json.dumps(key)
+    return key if bare else _toml(key)
 
 
 def _toml(value: Any) -> str:
@@ -206,4 +206,5 @@ def _toml(value: Any) -> str:
         return "[" + ", ".join(_toml(v) for v in value) + "]"
     if isinstance(value, float):
         return repr(value)  # nan and inf are the same words in TOML
-    return json.dumps(value, ensure_ascii=True)
+    # JSON's escapes are TOML's, but for pairs of surrogates and DEL.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

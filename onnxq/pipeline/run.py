@@ -153,6 +153,7 @@ class _Plan:
     threads: int
     model: ir.Model
     split: Split
+    is_recipe: bool
     warnings: list[str] = field(default_factory=list)
 
 
@@ -250,7 +251,7 @@ def run(
         progress=tell,
     )
     if not allow_noop:
-        _refuse_noops(plan.pipeline, result)
+        _check_noops(plan, result)
     with staging(output) as folder:
         staged = io.save(result.model, folder / output.name, source=plan.source)
         io.check_loads(staged.path)
@@ -346,7 +347,8 @@ def _prepare(
     warnings: list[str] = []
     split = split_holdout(data, holdout, loaded, seed, warnings)
     cpus = threads or len(os.sched_getaffinity(0))
-    return _Plan(source, pipeline, chosen, seed, cpus, loaded, split, warnings)
+    is_recipe = recipe is not None
+    return _Plan(source, pipeline, chosen, seed, cpus, loaded, split, is_recipe, warnings)
 
 
 def _open(calib: Any, model: ir.Model, options: Mapping[str, Any]) -> CalibrationData:
@@ -367,25 +369,37 @@ def _refuse_same_file(source: Path, output: Path) -> None:
         )
 
 
-def _refuse_noops(pipeline: Pipeline, result: RunResult) -> None:
-    idle = [
-        step
-        for step, owner in zip(result.reports, pipeline.passes, strict=True)
-        if not step.report.changed and not owner.may_match_nothing
-    ]
+def _check_noops(plan: _Plan, result: RunResult) -> None:
+    """Refuse passes that were asked for by name and matched nothing.
+
+    In a recipe, passes for other kinds of models may idle, which becomes a warning, as long as one
+    that quantizes does not.
+    """
+    steps = list(zip(result.reports, plan.pipeline.passes, strict=True))
+    idle = [s for s, owner in steps if not s.report.changed and not owner.may_match_nothing]
     if not idle:
         return
+    quantized = any(s.report.changed for s, owner in steps if owner.tolerance is None)
+    if plan.is_recipe and quantized:
+        plan.warnings.extend(
+            f"pass {s.number} `{s.name}` of the recipe matched nothing{_because(s)}" for s in idle
+        )
+        return
     first = idle[0]
-    reasons = list(_counted(s.reason for s in first.report.skipped))
-    because = f"; most often: {reasons[0]}" if reasons else ""
-    others = f" (and so did {len(idle) - 1} more)" if len(idle) > 1 else ""
+    others = f", and so did {len(idle) - 1} more" if len(idle) > 1 else ""
     raise NoopError(
         "NOOP",
-        f"pass {first.number} `{first.name}` matched nothing in this model{others}: "
-        f"{len(first.report.skipped)} candidates{because}",
+        f"pass {first.number} `{first.name}` matched nothing in this model{others}"
+        f"{_because(first)}",
         "leave the pass out, or accept this with --allow-noop; nothing was written",
         passes=[s.name for s in idle],
     )
+
+
+def _because(step: StepResult) -> str:
+    """The most frequent reason for a skip, if there is one."""
+    reasons = list(_counted(s.reason for s in step.report.skipped))
+    return f": {len(step.report.skipped)} candidates, mostly `{reasons[0]}`" if reasons else ""
 
 
 _FLAGS: Final = {
