@@ -29,15 +29,30 @@ def build_model(options: Options) -> None:
 
 
 def write_feeds(options: Options) -> None:
-    """One ``.npz`` for each line of ``texts``, as ``tokenizer`` splits it, into folder ``out``."""
+    """The samples that onnxq makes of the lines of a text file, as ``.npz`` for the peers.
+
+    ``model``, ``texts``, ``tokenizer``, ``pad_to`` (null: unpadded), folder ``out``.
+    """
+    _write(options, options["texts"], tokenizer=options["tokenizer"], pad=options.get("pad_to"))
+
+
+def write_image_feeds(options: Options) -> None:
+    """The same of a folder of images: ``model``, ``images``, ``spec``, folder ``out``."""
+    _write(options, options["images"], images=options["spec"])
+
+
+def _write(options: Options, source: str, **settings: Any) -> None:
     import numpy as np
 
-    from onnxq.data.text import encode_texts
+    from onnxq.calibration.data import open_data
+    from onnxq.graph import io
 
-    names = ("input_ids", "attention_mask", "token_type_ids")
-    for number, text in enumerate(Path(options["texts"]).read_text("utf-8").splitlines()):
-        feeds = encode_texts([text], options["tokenizer"], names, 128)
-        np.savez(Path(options["out"]) / f"{number:04}.npz", **feeds)
+    out = Path(options["out"])
+    out.mkdir(exist_ok=True)
+    data = open_data(source, io.load(options["model"]), **settings)
+    for number, feeds in enumerate(data):
+        arrays: dict[str, Any] = dict(feeds)
+        np.savez(out / f"{number:04}.npz", **arrays)
 
 
 def onnxq_run(options: Options) -> dict[str, Any]:
@@ -165,8 +180,8 @@ class _Reader:
 JOBS: dict[str, Job] = {
     job.__name__: job
     for job in (
-        build_model, write_feeds, onnxq_run, onnxq_calibrate, ort_calibrate, ort_dynamic,
-        ort_prepare, ort_static, ort_w4,
+        build_model, write_feeds, write_image_feeds, onnxq_run, onnxq_calibrate, ort_calibrate,
+        ort_dynamic, ort_prepare, ort_static, ort_w4,
     )
 }  # fmt: skip
 
@@ -187,6 +202,9 @@ def main() -> None:
     """Run the job named on the command line and write the answer file."""
     options = json.loads(sys.argv[1])
     result, error = None, None
+    if options.get("limit_gb"):
+        limit = int(options["limit_gb"] * 1e9)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
         result = JOBS[options["job"]](options)
     except Exception as failure:  # a peer may raise anything; its first line is the finding

@@ -187,9 +187,9 @@ def measure(arguments: Namespace, folder: Path) -> list[Row]:
     # All are made before this process has imported anything large.
     paths = {"fp32": base}
     rows = [Row("fp32", "fp32")]
-    (folder / "feeds").mkdir()
     common.run_job(
         "write_feeds",
+        model=base,
         texts=folder / "calibration.txt",
         tokenizer=base.with_suffix(".tokenizer.json"),
         out=folder / "feeds",
