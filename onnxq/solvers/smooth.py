@@ -23,6 +23,9 @@ Float = npt.NDArray[np.float32]
 ALPHAS = (0.3, 0.45, 0.6, 0.7, 0.8, 0.9)
 """Candidates that the search tries besides leaving the site as it is."""
 
+MIN_ROWS = 4
+"""Fewer rows than this say nothing about rows never seen: the site is left alone."""
+
 MAX_ROWS = 192
 """Rows per fold on which the error is measured."""
 
@@ -77,6 +80,8 @@ def search_smoothing(
         weight_format: format of the weights, symmetric with one scale a column.
         alphas: candidates; leaving the site alone is always one more.
     """
+    if len(rows) < MIN_ROWS:
+        return Smoothing(np.ones_like(amax), None, 0.0)
     wmax = np.abs(weight).max(axis=1)
     half = len(rows) // 2
     folds = ((rows[:half], rows[half:]), (rows[half:], rows[:half]))
@@ -112,7 +117,5 @@ def _product_error(
     wscale, wzero = affine_params(
         weight.min(axis=0), weight.max(axis=0), weight_format, symmetric=True
     )
-    w = dequantize(
-        quantize(weight, wscale, wzero, weight_format, axis=1), wscale, wzero, axis=1
-    )
+    w = dequantize(quantize(weight, wscale, wzero, weight_format, axis=1), wscale, wzero, axis=1)
     return float(np.square(x @ w - exact, dtype=np.float64).sum())

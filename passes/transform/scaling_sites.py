@@ -35,7 +35,14 @@ from onnxq.graph.edit import (
     set_bias,
     set_weight,
 )
-from onnxq.graph.match import Linear, Norm, Structure, const_tensor
+from onnxq.graph.match import (
+    Attention,
+    FusedAttention,
+    Linear,
+    Norm,
+    Structure,
+    const_tensor,
+)
 from onnxq.passes.contract import Skip
 
 Float = npt.NDArray[np.float32]
@@ -87,7 +94,8 @@ class ScalingSite:
         index = np.asarray(self.channel_map)
         merged = np.zeros(self.linear_width, np.float32)
         np.maximum.at(merged, index, scale)
-        return merged[index]
+        constrained: Float = merged[index]
+        return constrained
 
     @property
     def linear_width(self) -> int:
@@ -118,16 +126,24 @@ def _norm_sites(structure: Structure, skipped: list[Skip]) -> Iterator[ScalingSi
         readers = _matrix_readers(structure, norm.output)
         if not readers:
             continue
-        if norm.skip is not None and norm.sum_output is None and norm.beta is None:
-            continue
         if structure.other_readers_of(norm.output) or structure.is_output(norm.output):
             continue
-        if len(readers) == len(structure.readers_of(norm.output)):
+        if len(readers) < len(structure.readers_of(norm.output)):
+            skipped.append(Skip(norm.name, "a Conv reads the norm too"))
+        elif not all(_constants_of(norm)):
+            skipped.append(Skip(norm.name, "gamma or beta is converted on the way to the norm"))
+        elif any(reader.in_features != norm.features for reader in readers):
+            skipped.append(Skip(norm.name, "the norm's channels are not those of its readers"))
+        else:
             yield ScalingSite(norm.output, readers, "norm", norm=norm)
 
 
 def _value_sites(structure: Structure, skipped: list[Skip]) -> Iterator[ScalingSite]:
-    for attention in (*structure.attentions, *structure.fused_attentions):
+    attentions: list[Attention | FusedAttention] = [
+        *structure.attentions,
+        *structure.fused_attentions,
+    ]
+    for attention in attentions:
         way = structure.v_to_o(attention)
         if isinstance(way, str):
             skipped.append(Skip(attention.name, f"value to output: {way}"))
@@ -142,8 +158,13 @@ def _value_sites(structure: Structure, skipped: list[Skip]) -> Iterator[ScalingS
 
 def _up_sites(structure: Structure, skipped: list[Skip]) -> Iterator[ScalingSite]:
     for mlp in structure.gated_mlps:
-        if structure.other_readers_of(mlp.mul.outputs[0]) or len(mlp.up.output.uses()) != 1:
+        product, up = mlp.mul.outputs[0], mlp.up.output
+        read_twice = structure.other_readers_of(product) or len(up.uses()) != 1
+        if read_twice or structure.is_output(product) or structure.is_output(up):
             skipped.append(Skip(mlp.down.name, "the gated product or the up layer is read twice"))
+            continue
+        if mlp.up.is_weight_shared:
+            skipped.append(Skip(mlp.down.name, "the up layer's weight has other readers"))
             continue
         yield ScalingSite(
             mlp.down.x,
@@ -154,7 +175,7 @@ def _up_sites(structure: Structure, skipped: list[Skip]) -> Iterator[ScalingSite
         )
 
 
-def _mul_sites(structure: Structure, skipped: list[Skip]) -> Iterator[ScalingSite]:
+def _mul_sites(structure: Structure, _: list[Skip]) -> Iterator[ScalingSite]:
     by_x: dict[ir.Value, list[Linear]] = {}
     for linear in structure.linears:
         if linear.kind != "conv":
@@ -206,13 +227,23 @@ def _scale_weight(linear: Linear, factor: npt.NDArray[np.float64], axis: int) ->
 
 
 def _scale_norm(norm: Norm, factor: npt.NDArray[np.float64]) -> None:
-    for value in (norm.gamma, norm.beta):
-        if value is None:
-            continue
-        for node in norm.nodes:
-            for index, read in enumerate(node.inputs):
-                if read is value:
-                    _scale_vector(node, index, factor)
+    for places in _constants_of(norm):
+        for node, index in places:
+            _scale_vector(node, index, factor)
+
+
+def _constants_of(norm: Norm) -> list[list[tuple[ir.Node, int]]]:
+    """For gamma and beta: the nodes of the norm that read it, and at which input."""
+    return [
+        [
+            (node, index)
+            for node in norm.nodes
+            for index, read in enumerate(node.inputs)
+            if read is value
+        ]
+        for value in dict.fromkeys((norm.gamma, norm.beta))
+        if value is not None
+    ]
 
 
 def _scale_vector(node: ir.Node, index: int, factor: npt.NDArray[np.float64]) -> None:
@@ -227,7 +258,10 @@ def _scale_vector(node: ir.Node, index: int, factor: npt.NDArray[np.float64]) ->
 
 
 def _insert_mul(graph: ir.Graph, site: ScalingSite, factor: npt.NDArray[np.float64]) -> None:
-    dtype = site.x.dtype.numpy() if site.x.dtype is not None else np.float32
+    weight = const_tensor(site.readers[0].weight) or site.readers[0].weight.const_value
+    if weight is None:
+        raise InternalError("STALE-MATCH", f"the weight of {site.name} is not constant")
+    dtype = (site.x.dtype or weight.dtype).numpy()
     name = fresh_name(graph, f"{site.x.name}_smooth")
     constant = add_initializer(graph, f"{name}_scale", factor.astype(dtype))
     mul = ir.Node("", "Mul", [site.x, constant], num_outputs=1, name=name)

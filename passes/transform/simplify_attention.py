@@ -6,7 +6,8 @@ Softmax is blind to what is added to all scores of a query, and its rows sum to 
     sum_t p_t (v_t + b_v)  = sum_t p_t v_t + b_v       2. b_o' = b_o + W_o^T b_v
 
 3. ``Where(IsNaN(p), 0, p)``, which torch writes behind a softmax for rows that are masked with
-   -inf throughout, goes when the mask is finite: finite scores cannot give NaN.
+   -inf throughout, goes when all masks are finite: finite scores cannot give NaN. In float16 a
+   score added to the lowest number may overflow, so there the guard stays.
 
 1 applies when only changes of shape and constant factors lie between the key layer and the scores
 (rotary embeddings move the bias by position); 2 when the value layer's channels can be followed
@@ -23,7 +24,7 @@ import onnx_ir as ir
 
 from onnxq.graph.edit import remove_dead, replace_value, set_bias
 from onnxq.graph.match import Attention, Linear, Structure, analyze, const_array, is_op
-from onnxq.graph.match.values import const_scalar
+from onnxq.graph.match.values import const_scalar, producer, value_dtype
 from onnxq.passes.contract import Context, Pass, PassReport
 from onnxq.passes.keys import PLAN, STATISTICS
 
@@ -36,7 +37,7 @@ class SimplifyAttention(Pass):
     """Drop key biases and idle guards, move value biases into the output layer."""
 
     name: ClassVar[str] = "simplify-attention"
-    summary: ClassVar[str] = "drop key biases and idle NaN guards, fold value biases into the output layer"
+    summary: ClassVar[str] = "drop key biases and idle NaN guards; move value biases on"
     invalidates: ClassVar = (STATISTICS,)
     forbids: ClassVar = (PLAN,)
     tolerance: ClassVar[float | None] = 1e-4
@@ -63,16 +64,36 @@ class SimplifyAttention(Pass):
 
 
 def _guard_of(attention: Attention) -> ir.Node | None:
-    """The Where that replaces NaN behind the softmax, if there is one."""
-    guards = (n for n in attention.nodes if is_op(n, "Where") and n is not attention.mask_node)
-    return next(guards, None)
+    """The Where behind the softmax that sets rows of probabilities to zero, if there is one."""
+    after = attention.nodes[attention.nodes.index(attention.softmax) :]
+    return next((node for node in after if is_op(node, "Where")), None)
+
+
+def _masks_of(attention: Attention, guard: ir.Node) -> list[ir.Value | None]:
+    """What is added to the scores or written over them."""
+    path = {value for node in attention.nodes for value in node.outputs}
+    fills = [
+        value
+        for node in attention.nodes
+        if is_op(node, "Where", "Max") and node is not guard
+        for value in node.inputs[1 if is_op(node, "Where") else 0 :]
+        if value not in path
+    ]
+    return [*attention.addends, *fills]
 
 
 def _drop_guard(attention: Attention, ir_version: int, report: PassReport) -> None:
     guard = _guard_of(attention)
     if guard is None:
         return
-    if not all(_is_finite(addend, ir_version) for addend in attention.addends):
+    if producer(guard.inputs[0], "IsNaN") is None:
+        report.skip(attention.name, "the Where behind the softmax does not test for NaN")
+        return
+    dtype = attention.softmax_in.dtype or value_dtype(guard.inputs[1])
+    if dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
+        report.skip(attention.name, "guard against NaN: the scores may overflow in their type")
+        return
+    if not all(_is_finite(mask, ir_version) for mask in _masks_of(attention, guard)):
         report.skip(attention.name, "guard against NaN: the mask may be infinite")
         return
     replace_value(guard.outputs[0], attention.softmax.outputs[0])
@@ -94,15 +115,19 @@ def _is_finite(value: ir.Value | None, ir_version: int) -> bool:
     return False
 
 
-def _data_readers(value: ir.Value) -> list[ir.Node]:
-    """The nodes that read the elements of ``value``, not just its shape."""
-    return [node for node in value.consumers() if not is_op(node, "Shape", "Size")]
+def _is_private(value: ir.Value) -> bool:
+    """Whether one node reads the elements of ``value`` (not just its shape), and no user."""
+    readers = [node for node in value.consumers() if not is_op(node, "Shape", "Size")]
+    return len(readers) == 1 and not value.is_graph_output()
 
 
 def _drop_key_bias(structure: Structure, attention: Attention, report: PassReport) -> None:
     key = _writer_of(structure, attention.k)
     if key is None:
-        report.skip(attention.name, "keys are moved by position or not from one linear layer")
+        report.skip(
+            attention.name,
+            "key bias: keys are moved by position, read elsewhere, or not from one linear layer",
+        )
         return
     if key.bias_add is None:
         report.skip(key.name, "key bias: there is none, or it is inside the product")
@@ -123,7 +148,7 @@ def _fold_value_bias(structure: Structure, attention: Attention, report: PassRep
     if _guard_of(attention) is not None:
         report.skip(way.value.name, "value bias: fully masked rows are set to zero")
         return
-    if len(_data_readers(way.value.output)) != 1:
+    if not _is_private(way.value.output):
         report.skip(way.value.name, "value bias: the value layer has other readers")
         return
     output = way.output
@@ -140,17 +165,27 @@ def _writer_of(structure: Structure, value: ir.Value) -> Linear | None:
     for _ in range(_MAX_STEPS):
         linear = structure.linear_of(value)
         if linear is not None:
-            return linear if len(_data_readers(linear.output)) == 1 else None
+            return linear if _is_private(linear.output) else None
         node = value.producer()
-        if node is None or len(_data_readers(value)) != 1:
+        if node is None or not _is_private(value):
             return None
         if is_op(node, *_SHAPE_OPS):
             above = node.inputs[0]
         elif is_op(node, "Mul", "Div"):
-            above = next((v for v in node.inputs if v is not None and const_scalar(v) is None), None)
+            above = _scaled_by_constant(node)
         else:
             return None
         if above is None:
             return None
         value = above
+    return None
+
+
+def _scaled_by_constant(node: ir.Node) -> ir.Value | None:
+    """What a Mul or Div multiplies with one constant number; None if it does anything else."""
+    first, second = node.inputs
+    if const_scalar(second) is not None:
+        return first
+    if is_op(node, "Mul") and const_scalar(first) is not None:
+        return second
     return None

@@ -28,7 +28,7 @@ from onnxq.passes.transform.scaling_sites import (
     apply_scale,
     find_scaling_sites,
 )
-from onnxq.solvers.smooth import search_smoothing, smoothing_scale
+from onnxq.solvers.smooth import MIN_ROWS, search_smoothing, smoothing_scale
 
 _UINT8 = IntFormat(8, signed=False)
 _INT8 = IntFormat(8, signed=True)
@@ -108,12 +108,16 @@ class SmoothQuant(Pass):
         """The scale and how it came about, or None and why there is none."""
         name = str(site.x.name)
         channel = statistics.channel(name)
-        amax = np.maximum(np.abs(channel.lo), np.abs(channel.hi)).astype(np.float32)
+        largest = np.maximum(np.abs(channel.lo), np.abs(channel.hi))
+        amax = np.where(channel.count > 0, largest, 0.0).astype(np.float32)
         weight = site.weight()
         if self.alpha != "auto":
             wmax = np.abs(weight).max(axis=1)
             return smoothing_scale(amax, wmax, self.alpha), f"alpha {self.alpha:g}"
-        found = search_smoothing(statistics.rows(name).rows, amax, weight, _UINT8, _INT8)
+        rows = statistics.rows(name).rows
+        if len(rows) < MIN_ROWS:
+            return None, f"{len(rows)} calibration rows are too few to search on"
+        found = search_smoothing(rows, amax, weight, _UINT8, _INT8)
         if found.alpha is None:
             return None, "no alpha lowers the error on unseen rows"
         if site.writer == "mul" and found.gain_db < self.min_gain_db:
