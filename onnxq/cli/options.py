@@ -56,7 +56,7 @@ def calibration(*, required: bool) -> Callable[[F], F]:
                     "--images",
                     metavar="SPEC",
                     help="How to prepare images, for example "
-                    "`resize=256 crop=224 mean=[127,127,127] std=128 layout=nchw`.",
+                    "`resize=256,crop=224,mean=127,std=128,layout=nchw`.",
                 ),
                 click.option(
                     "--samples",

@@ -8,9 +8,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 
 from onnxq.cli.report import drawings, page, write
+from onnxq.cli.report.precision import cells
 from onnxq.cli.view import CellView, HistogramView, RunView
 from onnxq.errors import DataError
 
@@ -121,15 +124,15 @@ def test_histogram_keeps_every_element_when_binned_anew() -> None:
 
 
 def test_strip_draws_a_border_where_precision_changes() -> None:
-    cells = [
+    row = [
         CellView("layer.0/a", "MatMul", "float", "int8", "weights"),
         CellView("layer.0/b", "MatMul", "uint8", "int8", "static"),
         CellView("layer.0/c", "MatMul", "uint8", "int8", "static"),
         CellView("layer.1/d", "Softmax", "float", "", "float"),
     ]
-    drawn = drawings.strip(cells).split("<svg")[1:]
+    drawn = drawings.strip(row).split("<svg")[1:]
     assert ['class="edge"' in cell for cell in drawn] == [False, True, False, True]
-    assert drawings.changes(cells) == 2
+    assert drawings.changes(row) == 2
 
 
 def test_blocks_follow_the_layers(run_view: RunView) -> None:
@@ -161,3 +164,28 @@ def test_missing_folder_is_refused_before_the_work(run_view: RunView, tmp_path: 
     with pytest.raises(DataError) as caught:
         write(run_view, tmp_path / "none" / "r.html")
     assert caught.value.code == "DATA-REPORT-UNWRITABLE"
+
+
+def test_a_clamp_inside_of_integer_arithmetic_is_no_border() -> None:
+    text = """<ir_version: 10, opset_import: ["" : 21]>
+        g (float[1, 4] x) => (float[1, 4] y, float[1, 4] z)
+        <float s = {0.5}, uint8 o = {128}, int8[4, 4] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,
+         13, 14, 15, 16}, int8 n = {0}> {
+            q = QuantizeLinear(x, s, o)
+            d = DequantizeLinear(q, s, o)
+            wd = DequantizeLinear(w, s, n)
+            m = MatMul(d, wd)
+            r = Relu(m)
+            rq = QuantizeLinear(r, s, o)
+            y = DequantizeLinear(rq, s, o)
+            m2 = MatMul(y, wd)
+            z = Relu(m2)
+        }"""
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    found = [(c.op, c.activation, c.mode) for c in cells(model, {})]
+    assert found == [
+        ("MatMul", "uint8", "static"),
+        ("Relu", "uint8", "static"),
+        ("MatMul", "uint8", "static"),
+        ("Relu", "float", "float"),
+    ]

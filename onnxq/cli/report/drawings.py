@@ -20,6 +20,8 @@ _GLYPHS: Final = {
     "Conv": "C",
     "ConvInteger": "C",
     "ConvTranspose": "C",
+    "Clip": "R",
+    "Relu": "R",
     "Gather": "E",
     "Softmax": "S",
     "Add": "+",

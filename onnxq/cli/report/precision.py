@@ -109,12 +109,28 @@ def _cell(node: ir.Node, why: Mapping[str, str]) -> CellView:
                 weight = _format(stored)
         elif activation == "float":
             activation = _activation(value)
+    if activation == "float" and node.op_type in ("Relu", "Clip"):
+        activation = _fused_clamp(node)
     if node.op_type == "MatMulNBits":
         weight = f"int{_bits(node)}"
     name = node.name or str(node.outputs[0].name)
     return CellView(
         name, node.op_type, activation, weight, _mode(activation, weight), why.get(name, "")
     )
+
+
+def _fused_clamp(node: ir.Node) -> str:
+    """The format of a clamp between an integer product and a QuantizeLinear: runtimes fuse it."""
+    before = None if node.inputs[0] is None else node.inputs[0].producer()
+    readers = list(node.outputs[0].consumers())
+    if before is None or before.op_type not in _LINEAR or not readers:
+        return "float"
+    feeds = before.inputs[0]
+    if feeds is None or _activation(feeds) == "float":
+        return "float"
+    if any(reader.op_type != "QuantizeLinear" for reader in readers):
+        return "float"
+    return _codes(readers[0], readers[0].outputs[0])
 
 
 def _mode(activation: str, weight: str) -> str:
@@ -153,8 +169,7 @@ def _activation(value: ir.Value) -> str:
         if node is None or not node.inputs or node.inputs[0] is None:
             return "float"
         if node.op_type == "DequantizeLinear":
-            zero_point = node.inputs[2] if len(node.inputs) > 2 else None
-            found = _format(zero_point or node.inputs[0])
+            found = _codes(node, node.inputs[0])
             dynamic = _is_dynamic(node.inputs[0])
             return f"dynamic {found}" if dynamic else found
         if _is_dynamic(value):
@@ -162,6 +177,12 @@ def _activation(value: ir.Value) -> str:
         if node.op_type not in _PASS_THROUGH:
             return "float"
         value = node.inputs[0]
+
+
+def _codes(node: ir.Node, quantized: ir.Value) -> str:
+    """The format of the codes of a (De)QuantizeLinear; the zero point's type is always known."""
+    zero_point = node.inputs[2] if len(node.inputs) > 2 else None
+    return _format(quantized if zero_point is None else zero_point)
 
 
 def _is_dynamic(value: ir.Value) -> bool:
