@@ -37,18 +37,13 @@ def list_models() -> None:
                 }
             )
         return
-    rows = [
-        (
-            info.name,
-            info.summary,
-            info.eval_task,
-            info.licence,
-            ", ".join(f"{o.name}={'|'.join(o.values)}" for o in info.options),
-        )
-        for info in infos
-    ]
-    names = ("model", "what", "task", "licence", "--set")
-    console.print_table("", [(name, "left") for name in names], rows)
+    width = console.stdout().width
+    for info in infos:
+        click.echo(f"{info.name}  ({info.eval_task}, {info.licence})")
+        click.echo(click.wrap_text(info.summary, min(width, 100), "  ", "  "))
+        for option in info.options:
+            line = f"--set {option.name}={'|'.join(option.values)}: {option.summary}"
+            click.echo(click.wrap_text(line, min(width, 100), "  ", "    "))
 
 
 def _complete_name(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:

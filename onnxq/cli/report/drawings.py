@@ -262,5 +262,6 @@ def _weight_tone(dtype: str) -> str:
 
 
 def changes(cells: Sequence[CellView]) -> int:
-    """How often the precision of activations changes along the graph."""
-    return sum(a.activation != b.activation for a, b in pairwise(cells))
+    """How often the precision of activations changes along the graph, from a float input on."""
+    formats = ["float", *(cell.activation for cell in cells)]
+    return sum(a != b for a, b in pairwise(formats))

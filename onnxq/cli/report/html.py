@@ -172,7 +172,8 @@ def _precision(view: RunView) -> str:
     count = drawings.changes(view.cells)
     return (
         "<h2>Where precision changes</h2>"
-        f"<p>Operators in graph order. Activations change precision {count} times.</p>"
+        f"<p>Operators in graph order. Activations change precision "
+        f"{counted(count, 'time')}.</p>"
         f"{drawings.legend(view.cells)}{drawings.strip(view.cells)}\n"
     )
 
