@@ -59,7 +59,7 @@ BUILTIN: Final[Mapping[str, Entry]] = {
     **_builtin(
         "decide", calibrate="Calibrate", assign="Assign", partial="Partial", sanity="Sanity"
     ),
-    **_builtin("weights", gptq="Gptq"),
+    **_builtin("weights", gptq="Gptq", gpfq="Gpfq", opt_rtn="OptRtn"),
     **_builtin("lower", qdq="Qdq"),
 }
 

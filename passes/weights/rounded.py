@@ -37,7 +37,7 @@ class RoundedWeight:
         rows, columns = solution.codes.shape
         scale = solution.params.scale.reshape(rows, -1)
         zero = solution.params.zero_point
-        wide = np.zeros(scale.shape) if zero is None else np.broadcast_to(zero, scale.shape)
+        wide = np.zeros(scale.shape) if zero is None else zero.reshape(scale.shape)
         return cls(
             solution.codes,
             np.ascontiguousarray(scale, np.float32),
@@ -81,5 +81,7 @@ class RoundedWeights:
         """The inverse of :meth:`to_storage`."""
         found = cls()
         for index, (site, group) in enumerate(header["sites"]):
-            found.add(site, RoundedWeight(*(arrays[f"{index}.{field}"] for field in _FIELDS), group))
+            found.add(
+                site, RoundedWeight(*(arrays[f"{index}.{field}"] for field in _FIELDS), group)
+            )
         return found
