@@ -1,4 +1,4 @@
-# make run | test | test-slow | lint | bench | kernels | clean
+# make run | test | test-slow | lint | bench | bench-readme | kernels | clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -20,13 +20,14 @@ CXX_SOURCES := $(shell find custom_ops -name '*.cc' -o -name '*.h' | sort)
 RUN_STAMP := $(VENV)/.installed-$(EXTRA)
 DEV_STAMP := $(VENV)/.installed-$(EXTRA)-dev
 
-.PHONY: help run test test-slow lint bench kernels clean
+.PHONY: help run test test-slow lint bench bench-readme kernels clean
 help:
 	@echo "make run        quantize a real model end to end and print the table"
 	@echo "make test       lint-free tests (under 15 minutes on two cores)"
 	@echo "make test-slow  the long tests, with the sanitizer build of the kernels"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make bench      every file in benchmarks/"
+	@echo "make bench-readme  measure the README's table anew"
 	@echo "make kernels    build the operator library into the source tree"
 	@echo "make clean      remove everything that was built"
 
@@ -76,7 +77,11 @@ lint: $(DEV_STAMP)
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 
 bench: $(DEV_STAMP)
-	for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+	for file in benchmarks/[!_]*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+
+# Measures MiniLM anew and writes the table into README.md; wants a quiet machine.
+bench-readme: $(DEV_STAMP)
+	$(BIN)/python benchmarks/minilm_w8a8.py --readme README.md
 
 # For work without an installed package (PYTHONPATH=.): the library lands in custom_ops/lib.
 kernels:

@@ -76,7 +76,9 @@ class Cost:
         cpu_s: user and system time of the process and its children, from its start: the import
             of Python and of the packages counts.
         wall_s: time from start to end.
-        peak_mb: largest resident memory, 10**6 bytes, of the process with its children.
+        peak_mb: largest resident memory, 10**6 bytes, of the process and its children together;
+            pages that two of them map count twice.
+        own_mb: the same of the process alone.
         error: first line of what it failed with, or None.
         result: what the job returned.
     """
@@ -84,6 +86,7 @@ class Cost:
     cpu_s: float = 0.0
     wall_s: float = 0.0
     peak_mb: float = 0.0
+    own_mb: float = 0.0
     error: str | None = None
     result: Mapping[str, Any] = field(default_factory=dict)
 
@@ -127,6 +130,7 @@ def run_job(job: str, **options: Any) -> Cost:
         cpu_s=told["cpu_s"],
         wall_s=wall,
         peak_mb=max(peak, told["peak_mb"]),
+        own_mb=told["peak_mb"],
         error=told["error"],
         result=told["result"],
     )

@@ -69,7 +69,7 @@ def prepare(folder: Path, count: int) -> Path:
     source = common.shared_folder() / "data" / "stsb" / "sts-train.csv"
     texts = common.spread(minilm.read_sentences(source), count)
     (folder / "calibration.txt").write_text("\n".join(texts) + "\n", "utf-8")
-    common.run_job(
+    written = common.run_job(
         "write_feeds",
         model=base,
         texts=folder / "calibration.txt",
@@ -77,6 +77,8 @@ def prepare(folder: Path, count: int) -> Path:
         pad_to=minilm.LENGTH,
         out=folder / "all",
     )
+    if written.error:
+        raise SystemExit(f"the calibration texts cannot be encoded: {written.error}")
     return base
 
 

@@ -73,13 +73,15 @@ def measure(name: str, arguments: Namespace, folder: Path) -> list[Row]:
     base = shared / "models" / "efficientnet-lite0" / name
     split(shared / "data" / "imagenet500", folder, arguments.quick)
     prepared = folder / "prepared.onnx"
-    common.run_job(
+    written = common.run_job(
         "write_image_feeds",
         model=base,
         images=folder / "calibration",
         spec=PREPROCESSING,
         out=folder / "feeds",
     )
+    if written.error:
+        raise SystemExit(f"the calibration images cannot be prepared: {written.error}")
     preparation = common.run_job("ort_prepare", model=base, out=prepared)
     paths = {"fp32": base}
     rows = [Row("fp32", "fp32")]

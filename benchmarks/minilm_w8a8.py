@@ -187,13 +187,15 @@ def measure(arguments: Namespace, folder: Path) -> list[Row]:
     # All are made before this process has imported anything large.
     paths = {"fp32": base}
     rows = [Row("fp32", "fp32")]
-    common.run_job(
+    written = common.run_job(
         "write_feeds",
         model=base,
         texts=folder / "calibration.txt",
         tokenizer=base.with_suffix(".tokenizer.json"),
         out=folder / "feeds",
     )
+    if written.error:
+        raise SystemExit(f"the calibration texts cannot be encoded: {written.error}")
     for configuration in chosen(arguments):
         out = folder / f"{configuration.name}.onnx"
         cost = make(configuration, base if configuration.ours else prepared, out, folder)
