@@ -32,6 +32,11 @@ def test_the_first_bad_rewrite_is_named(site, number):
     assert "above 0.2" in found.why
 
 
+def test_the_search_halves_the_range():
+    found = find("observe,round{sites=[w1,w2,w1,w2,w1,b1,w1,w2] ruin=b1}")
+    assert (found.rewrite, found.site, found.rewrites) == (6, "b1", 8)
+
+
 def test_a_pass_that_breaks_its_promise_is_the_culprit_although_the_limit_is_kept():
     found = find("observe,rescale{factor=1.01 forget=true},observe,round")
     assert found.culprit.number == 2

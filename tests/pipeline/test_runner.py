@@ -45,9 +45,9 @@ def reference_outputs(model: ir.Model, sample: dict) -> np.ndarray:
 def test_workspace_sessions_compute_what_the_reference_evaluator_does(model):
     # Weights above the threshold are mapped from a file, the others stay in the graph.
     model.graph.initializers["w1"].const_value = ir.tensor(
-        np.random.default_rng(3).standard_normal((4, 2048)).astype(np.float32), name="w1"
+        np.random.default_rng(3).standard_normal((4, 2051)).astype(np.float32), name="w1"
     )
-    for name, shape in (("b1", (2048,)), ("w2", (2048, 3))):
+    for name, shape in (("b1", (2051,)), ("w2", (2051, 3))):
         array = np.random.default_rng(4).standard_normal(shape).astype(np.float32)
         model.graph.initializers[name].const_value = ir.tensor(array, name=name)
     for value in model.graph.initializers.values():
@@ -58,7 +58,7 @@ def test_workspace_sessions_compute_what_the_reference_evaluator_does(model):
     (sample,) = samples(1)
     (found,) = run_samples(session, [sample])
     np.testing.assert_allclose(found["y"], reference_outputs(model, sample), rtol=1e-4, atol=1e-4)
-    assert found["h"].shape == (2, 2048)
+    assert found["h"].shape == (2, 2051)
     np.testing.assert_array_equal(next(run_samples(again, [sample]))["y"], found["y"])
 
 
@@ -122,6 +122,12 @@ def test_a_broken_promise_names_pass_output_error_and_tolerance(model, data):
     assert details["error_norm"] == pytest.approx(0.5, rel=1e-4)  # all of y grew by the factor
     assert details["tolerance"] == 1e-5
     assert broken.run(model, data=data, verify=False).reports[0].max_error is None
+
+
+def test_each_pass_is_held_to_what_it_adds_itself(model, data):
+    drift = "rescale{factor=1.000008 forget=true}"
+    result = pipeline(f"{drift},{drift}").run(model, data=data)
+    assert [s.max_error for s in result.reports] == pytest.approx([8e-6, 8e-6], rel=0.05)
 
 
 def test_without_samples_the_report_says_that_nothing_was_verified(model):
