@@ -55,6 +55,7 @@ BUILTIN: Final[Mapping[str, Entry]] = {
         smooth_quant="SmoothQuant",
         fold_norm="FoldNorm",
         rotate="Rotate",
+        online_hadamard="OnlineHadamard",
     ),
     **_builtin(
         "decide", calibrate="Calibrate", assign="Assign", partial="Partial", sanity="Sanity"
