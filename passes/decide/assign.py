@@ -20,9 +20,10 @@ from typing import ClassVar, Literal
 import onnx_ir as ir
 
 from onnxq.calibration.requests import StatRequest
-from onnxq.errors import SpecError
+from onnxq.errors import SpecError, UnsupportedError
 from onnxq.formats import IntFormat, parse_format
-from onnxq.graph.match import Linear, Structure, analyze, analyze_all
+from onnxq.graph.match import Linear, Structure, analyze, analyze_all, is_op
+from onnxq.graph.match.values import node_label, op_domain, value_dtype
 from onnxq.passes.contract import Context, Pass, PassReport
 from onnxq.passes.decide.calibrate import RANGE_RULE
 from onnxq.passes.decide.integer_regions import (
@@ -44,7 +45,25 @@ FLOAT_REASONS = {
     "softmax": "stays float: a mask constant would set the range of its input",
     "attention": "stays float: both operands are activations; little time, much error",
     "residual": "stays float: an integer add loses accuracy and gains no speed",
+    "recurrent": "stays float: its weights are not those of a linear layer",
 }
+
+RECURRENT = ("LSTM", "GRU", "RNN")
+
+INTEGER_OPS = frozenset(
+    {
+        "ConvInteger",
+        "DynamicQuantizeLSTM",
+        "DynamicQuantizeMatMul",
+        "MatMulInteger",
+        "MatMulIntegerToFloat",
+        "MatMulNBits",
+        "QGemm",
+        "QLinearConv",
+        "QLinearMatMul",
+    }
+)
+"""Operators of the standard and of onnxruntime that hold integer weights already."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +97,25 @@ class Assign(Pass):
     embeddings: str = "int8"
 
     def __post_init__(self) -> None:
-        _integer_format(self.weights)
+        bits = _integer_format(self.weights).bits
         if self.activations != "auto":
             _integer_format(self.activations)
         if self.embeddings != "float":
             _integer_format(self.embeddings)
         if self.block and (self.block < 16 or self.block & (self.block - 1)):
             raise SpecError("SPEC-RANGE", f"block={self.block} is not a power of two from 16 on")
+        if self.mode != "weight-only" and self.block:
+            raise SpecError(
+                "SPEC-COMBINATION",
+                f"mode={self.mode} has one scale a channel; block={self.block} does not go with it",
+                "use mode=weight-only, or leave block out",
+            )
+        if self.mode == "dynamic" and bits != 8:
+            raise SpecError(
+                "SPEC-COMBINATION",
+                f"mode=dynamic multiplies 8-bit integers; weights={self.weights} are not",
+                "use weights=int8, or mode=weight-only",
+            )
 
     def requests(self, model: ir.Model) -> list[StatRequest]:
         """Ranges of the values that static mode quantizes."""
@@ -102,10 +133,16 @@ class Assign(Pass):
     def candidates(self, model: ir.Model) -> list[str]:
         """Linear layers and embeddings of the main graph."""
         structure = analyze(model)
-        return [s.name for s in (*structure.linears, *structure.embeddings)]
+        return [x.name for x in structure.linears] + [x.name for x in structure.embeddings]
 
     def run(self, model: ir.Model, ctx: Context) -> PassReport:
         """Write the plan."""
+        if self.mode == "dynamic" and not ctx.target.dynamic_quant:
+            raise UnsupportedError(
+                "TARGET-DYNAMIC",
+                f"target `{ctx.target.name}` does not run DynamicQuantizeLinear",
+                "use mode=static or mode=weight-only",
+            )
         report = PassReport()
         structure = analyze(model)
         plan = QuantPlan()
@@ -122,6 +159,7 @@ class Assign(Pass):
         for name, reason in plan.floats.items():
             report.skip(name, reason)
         _explain_floats(structure, plan, report)
+        _explain_rejected(structure, report)
         _explain_subgraphs(model, report)
         ctx.artifacts.put(PLAN, plan)
         return report
@@ -156,13 +194,15 @@ class Assign(Pass):
         )
 
     def _reason_for_float(self, model: ir.Model, linear: Linear) -> str | None:
-        dtype = linear.x.dtype
-        if dtype not in (None, ir.DataType.FLOAT):
+        dtype = _element_type(linear)
+        if dtype != ir.DataType.FLOAT:
             return f"activations are {dtype}; only float32 layers are quantized"
         if linear.alpha != 1.0 or linear.beta != 1.0:
             return "Gemm with alpha or beta other than 1"
         if self.mode == "dynamic" and linear.kind == "conv":
-            return "dynamic mode: onnxruntime's integer Conv at run-time scales is slower than float"
+            return (
+                "dynamic mode: onnxruntime's integer Conv at run-time scales is slower than float"
+            )
         if self.mode == "weight-only" and linear.kind == "conv":
             return "weight-only mode: Conv has no kernel on packed weights"
         if self.mode == "static" and model.opset_imports.get("", 0) < 13:
@@ -229,6 +269,13 @@ class Assign(Pass):
             )
 
 
+def _element_type(linear: Linear) -> ir.DataType | None:
+    """The type that the layer computes in; without shape inference, that of its weight."""
+    if linear.x.dtype is not None or linear.weight_path:
+        return linear.x.dtype
+    return value_dtype(linear.weight) or linear.weight.dtype
+
+
 def _integer_format(name: str) -> IntFormat:
     fmt = parse_format(name)
     if not isinstance(fmt, IntFormat):
@@ -250,6 +297,18 @@ def _explain_floats(structure: Structure, plan: QuantPlan, report: PassReport) -
     for add in structure.residual_adds:
         if add.name not in planned and add.name not in plan.floats:
             report.skip(add.name, f"residual add {FLOAT_REASONS['residual']}")
+
+
+def _explain_rejected(structure: Structure, report: PassReport) -> None:
+    """Say of near misses, and of layers with weights that no pass treats, why they stay."""
+    for reject in structure.rejected:
+        if reject.what == "linear":
+            report.skip(reject.node, f"stays as it is: {reject.reason}")
+    for node in structure.graph:
+        if is_op(node, *RECURRENT):
+            report.skip(node_label(node), f"{node.op_type} {FLOAT_REASONS['recurrent']}")
+        elif node.op_type in INTEGER_OPS and op_domain(node) in ("", "com.microsoft"):
+            report.skip(node_label(node), f"{node.op_type} computes on integers already")
 
 
 def _explain_subgraphs(model: ir.Model, report: PassReport) -> None:

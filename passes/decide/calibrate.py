@@ -103,9 +103,7 @@ class Calibrate(Pass):
             ctx.artifacts.put(RANGE_RULE, self._rule())
             report.note("no later pass asks for statistics")
             return report
-        statistics = collect(
-            model, wanted, ctx.data, threads=ctx.threads, progress=ctx.progress
-        )
+        statistics = collect(model, wanted, ctx.data, threads=ctx.threads, progress=ctx.progress)
         ctx.artifacts.put(STATISTICS, statistics)
         ctx.artifacts.put(RANGE_RULE, self._rule())
         for request in wanted:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,8 @@ from onnxq.graph.match import const_array
 from onnxq.graph.match.values import node_label
 from onnxq.passes.contract import Context, Pass, PassReport
 from onnxq.runtime import session
+
+Array = npt.NDArray[Any]
 
 _SCALE_INPUTS = {
     "QuantizeLinear": 1,
@@ -48,6 +50,8 @@ class Sanity(Pass):
     def __post_init__(self) -> None:
         if not -1.0 <= self.min_cosine <= 1.0:
             raise SpecError("SPEC-RANGE", f"min-cosine={self.min_cosine} is not a cosine")
+        if self.samples < 1:
+            raise SpecError("SPEC-RANGE", f"samples={self.samples} leaves nothing to compare on")
 
     def run(self, model: ir.Model, ctx: Context) -> PassReport:
         """Raise if the result is broken; report how close it is otherwise."""
@@ -76,7 +80,7 @@ class Sanity(Pass):
         zeros: dict[str, bool] = {}
         for before, after in _runs(ctx.reference, model, ctx, self.samples):
             for name, old, new in zip(names, before, after, strict=True):
-                if not isinstance(old, np.ndarray) or old.dtype.kind != "f" or old.size == 0:
+                if not _is_comparable(old) or not isinstance(new, np.ndarray):
                     continue
                 _check_output(name, old, new)
                 zeros[name] = zeros.get(name, True) and bool(old.any()) and not new.any()
@@ -115,7 +119,7 @@ def _check_scales(model: ir.Model) -> int:
 
 def _runs(
     reference: ir.Model, model: ir.Model, ctx: Context, limit: int
-) -> Iterator[tuple[list[npt.NDArray[np.generic]], list[npt.NDArray[np.generic]]]]:
+) -> Iterator[tuple[list[Array], list[Array]]]:
     if ctx.holdout is None:
         return
     with session_source(reference) as before, session_source(model) as after:
@@ -127,10 +131,19 @@ def _runs(
             yield old.run(None, feeds), new.run(None, feeds)
 
 
-def _check_output(
-    name: str, old: npt.NDArray[np.generic], new: npt.NDArray[np.generic]
-) -> None:
-    if np.isfinite(old.astype(np.float64)).all() and not np.isfinite(new.astype(np.float64)).all():
+def _is_comparable(value: object) -> bool:
+    """Whether an output is a float tensor with elements (not a sequence, a label, nothing)."""
+    return isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.size > 0
+
+
+def _check_output(name: str, old: Array, new: Array) -> None:
+    if old.shape != new.shape:
+        raise QualityError(
+            "QUALITY-SHAPE",
+            f"output `{name}` has shape {list(new.shape)}, the original {list(old.shape)}",
+            "run with --bisect to see which pass broke it",
+        )
+    if (np.isfinite(old.astype(np.float64)) & ~np.isfinite(new.astype(np.float64))).any():
         raise QualityError(
             "QUALITY-NOT-FINITE",
             f"output `{name}` has NaN or Inf where the original has numbers",
@@ -138,7 +151,10 @@ def _check_output(
         )
 
 
-def _cosine(old: npt.NDArray[np.generic], new: npt.NDArray[np.generic]) -> float:
+def _cosine(old: Array, new: Array) -> float:
+    """Cosine over the elements that are finite in both; two all-zero arrays have 1."""
     a, b = old.astype(np.float64).ravel(), new.astype(np.float64).ravel()
+    finite = np.isfinite(a) & np.isfinite(b)
+    a, b = a[finite], b[finite]
     norm = float(np.linalg.norm(a) * np.linalg.norm(b))
     return float(a @ b) / norm if norm > 0 else float(not a.any() and not b.any())

@@ -49,14 +49,17 @@ class DynamicLowering:
                 ("zero_point", weight.zero_point),
             )
         )
-        dql = self._dynamic_quantize(linear.x)
+        x = linear.node.inputs[0]  # what stands there now, if the layer before was replaced
+        if x is None:
+            raise InternalError("STALE-MATCH", f"{site.site} reads nothing")
+        dql = self._dynamic_quantize(x)
         nodes = [
             self._node("MatMulInteger", [dql.outputs[0], codes, dql.outputs[2], zero], base),
             self._node("Mul", [dql.outputs[1], scale], f"{base}_scales"),
         ]
         nodes.append(self._node("Cast", [nodes[0].outputs[0]], base, {"to": ir.DataType.FLOAT}))
         nodes.append(self._node("Mul", [nodes[2].outputs[0], nodes[1].outputs[0]], base))
-        if linear.kind == "gemm" and linear.b is not None:
+        if linear.bias_add is None and linear.b is not None:
             bias = add_initializer(self._graph, self._names.fresh(f"{base}_bias"), linear.b)
             nodes.append(self._node("Add", [nodes[3].outputs[0], bias], base))
         result = nodes[-1].outputs[0]

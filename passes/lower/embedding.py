@@ -28,10 +28,10 @@ def lower_embedding(graph: ir.Graph, embedding: Embedding, site: SitePlan) -> st
     names = Names(graph)
     base = embedding.name
     codes = add_initializer(graph, names.fresh(f"{base}_table_quantized"), weight.codes)
-    scales = add_initializer(
-        graph, names.fresh(f"{base}_table_scale"), weight.scale.reshape(-1, 1)
+    scales = add_initializer(graph, names.fresh(f"{base}_table_scale"), weight.scale.reshape(-1, 1))
+    rows = ir.node(
+        "Gather", [codes, embedding.indices], {"axis": 0}, name=names.fresh(f"{base}_rows")
     )
-    rows = ir.node("Gather", [codes, embedding.indices], {"axis": 0}, name=names.fresh(f"{base}_rows"))
     row_scales = ir.node(
         "Gather", [scales, embedding.indices], {"axis": 0}, name=names.fresh(f"{base}_row_scales")
     )

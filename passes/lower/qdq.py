@@ -44,7 +44,7 @@ class Qdq(Pass):
     def candidates(self, model: ir.Model) -> list[str]:
         """Linear layers and embeddings of the main graph."""
         structure = analyze(model)
-        return [s.name for s in (*structure.linears, *structure.embeddings)]
+        return [x.name for x in structure.linears] + [x.name for x in structure.embeddings]
 
     def run(self, model: ir.Model, ctx: Context) -> PassReport:
         """Lower every site of the plan, in graph order."""

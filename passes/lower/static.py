@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq.errors import InternalError, PreconditionError
-from onnxq.formats import affine_params
+from onnxq.formats import IntFormat, affine_params
 from onnxq.graph.edit import Names, add_initializer, insert_after, insert_before, replace_value
 from onnxq.graph.match import Linear
 from onnxq.passes.lower.weights import (
@@ -57,7 +57,7 @@ class StaticLowering:
         linear.node.replace_input_with(
             linear.weight_index, self._dequantize_weight(linear, weight, site.weight.format)
         )
-        if linear.kind == "gemm" and linear.bias is not None:
+        if linear.kind == "gemm" and linear.bias_add is None:
             self._quantize_bias(linear, weight, self._params[name][2])
         if not site.weight.per_channel:
             return f"Q/DQ, {site.weight.format} per tensor"
@@ -93,14 +93,7 @@ class StaticLowering:
             return self._dequantized[name]
         value = self._values[name]
         scale, zero, _ = self._activation_params(name)
-        fmt = integer_format(self._plan.values[name].format)
-        if fmt.bits > 8 and self._model.opset_imports.get("", 0) < 21:
-            raise PreconditionError(
-                "PASS-OPSET",
-                f"`qdq`: {fmt} activations need opset 21; the model has "
-                f"{self._model.opset_imports.get('', 0)}",
-                "put `canonicalize{opset=21}` first",
-            )
+        self._require_opset(integer_format(self._plan.values[name].format), "activations")
         quantize = ir.node(
             "QuantizeLinear", [value, scale, zero], name=self._names.fresh(f"{name}_QuantizeLinear")
         )
@@ -116,6 +109,16 @@ class StaticLowering:
         insert_after(value, [quantize, dequantize])
         self._dequantized[name] = out
         return out
+
+    def _require_opset(self, fmt: IntFormat, what: str) -> None:
+        """Before opset 21 QuantizeLinear and DequantizeLinear know 8-bit codes only."""
+        opset = self._model.opset_imports.get("", 0)
+        if opset < 21 and np.dtype(fmt.numpy_dtype) not in (np.int8, np.uint8):
+            raise PreconditionError(
+                "PASS-OPSET",
+                f"`qdq`: {fmt} {what} need opset 21; the model has {opset}",
+                "put `canonicalize{opset=21}` first",
+            )
 
     def _activation_params(self, name: str) -> tuple[ir.Value, ir.Value, float]:
         """Scale and zero point of an activation as constants, and the scale as a number."""
@@ -148,6 +151,7 @@ class StaticLowering:
     ) -> ir.Value:
         base = f"{linear.name}_weight"
         fmt = integer_format(fmt_name)
+        self._require_opset(fmt, "weights")
         codes = weight.codes.astype(fmt.numpy_dtype)
         inputs = [
             add_initializer(self._graph, self._names.fresh(f"{base}_quantized"), codes),

@@ -76,7 +76,7 @@ def _lower_to_nbits(
     node = ir.Node(
         CONTRIB,
         "MatMulNBits",
-        [linear.x, packed, scales, zero, None, bias],
+        [linear.node.inputs[0], packed, scales, zero, None, bias],
         [
             ir.AttrInt64("K", linear.in_features),
             ir.AttrInt64("N", linear.out_features),

@@ -8,9 +8,11 @@ Rewrites, each of which keeps the function:
        a = gamma / sqrt(var + eps)        W'[n] = a[n] * W[n]
        b' = a * (b - mean) + beta
 
-3. a constant zero ``Pad`` before ``Conv`` becomes the Conv's own ``pads``;
-4. dead nodes, Identity and common subexpressions go; unused opset imports go;
-5. an opset below ``opset`` is raised with ONNX's converter.
+3. ``MatMul`` of a matrix and the Add of its bias become ``Gemm``, as onnxruntime would make them,
+   which runs a Gemm on integers only if its bias is in integers too;
+4. a constant zero ``Pad`` before ``Conv`` becomes the Conv's own ``pads``;
+5. dead nodes, Identity and common subexpressions go; unused opset imports go;
+6. an opset below ``opset`` is raised with ONNX's converter.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from onnxq.graph.edit import add_initializer, fresh_name, remove_dead, replace_value
-from onnxq.graph.match import const_array, is_const, is_op, sole_consumer
+from onnxq.graph.match import Linear, const_array, is_const, is_op, sole_consumer
+from onnxq.graph.match.linears import find_linears
 from onnxq.graph.match.values import (
     OVERRIDABLE_SINCE_IR,
     attr_float,
@@ -33,6 +36,8 @@ from onnxq.graph.match.values import (
     attr_string,
     const_ints,
     node_label,
+    other_input,
+    rank,
 )
 from onnxq.passes.contract import Context, Pass, PassReport
 from onnxq.passes.keys import PLAN, STATISTICS
@@ -93,6 +98,7 @@ def _size(model: ir.Model) -> tuple[int, int]:
 def _clean(model: ir.Model) -> PassReport:
     """One round: what one rewrite leaves behind may be work for those before it."""
     report = PassReport()
+    common.ShapeInferencePass()(model)
     fold_constants(model)
     _forget_removed_nodes(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
@@ -100,6 +106,7 @@ def _clean(model: ir.Model) -> PassReport:
         _fold_transposed_weights(graph, model.ir_version, report)
         _fold_batch_norms(graph, model.ir_version, report)
         _fold_pads(graph, model.ir_version, report)
+        _fuse_gemms(graph, model.ir_version, report)
         _drop_identities(graph)
         _name_nodes(graph)
     common.DeduplicateInitializersPass(size_limit=1024)(model)
@@ -242,6 +249,26 @@ def _fold_batch_norm(graph: ir.Graph, norm: ir.Node, ir_version: int) -> str | N
     replace_value(norm.outputs[0], fused.outputs[0])
     graph.remove([norm, conv], safe=True)
     return None
+
+
+def _fuse_gemms(graph: ir.Graph, ir_version: int, report: PassReport) -> None:
+    linears, _ = find_linears(graph, ir_version)
+    for linear in linears:
+        if linear.kind == "matmul" and linear.bias_add is not None and rank(linear.x) == 2:
+            _fuse_gemm(graph, linear, linear.bias_add)
+            report.change(linear.name, "MatMul and Add of the bias fused into Gemm")
+
+
+def _fuse_gemm(graph: ir.Graph, linear: Linear, add: ir.Node) -> None:
+    product = linear.node
+    bias = other_input(add, product.outputs[0])
+    gemm = ir.Node("", "Gemm", [*product.inputs, bias], num_outputs=1, name=product.name)
+    out = gemm.outputs[0]
+    out.name = fresh_name(graph, f"{linear.output.name}_gemm")
+    out.type, out.shape = linear.output.type, linear.output.shape
+    graph.insert_before(add, gemm)
+    replace_value(linear.output, out)
+    graph.remove([add, product], safe=True)
 
 
 def _fold_pads(graph: ir.Graph, ir_version: int, report: PassReport) -> None:

@@ -123,6 +123,23 @@ def test_pads_of_another_kind_stay(amounts: list[int], fill: float, mode: str) -
     h.assert_same_function(model, result.model, [{"x": h.normal(1, 3, 8, 8)}])
 
 
+@pytest.mark.parametrize("rank", [2, 3])
+def test_a_product_of_matrices_and_its_bias_become_one_gemm(rank: int) -> None:
+    """Only matrices: Gemm knows no batches."""
+    dims = ", ".join(["N"] * (rank - 1))
+    model = h.model_of(
+        f"""g (float[{dims}, 8] x) => (float[{dims}, 6] y) {{
+            n = Neg(x)
+            m = MatMul(n, w)
+            y = Add(b, m)
+        }}""",
+        {"w": h.normal(8, 6), "b": h.normal(6)},
+    )
+    done = h.apply(model, Canonicalize()).model
+    assert h.ops(done)["Gemm"] == (rank == 2)
+    h.assert_same_function(model, done, [{"x": h.normal(*[4] * (rank - 1), 8)}])
+
+
 def test_constants_become_initializers_and_what_hangs_on_them_is_folded() -> None:
     model = h.model_of(
         """g (float[2, 4] x) => (float[2, 3] y) {
