@@ -33,6 +33,8 @@ _WHERE: Final = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return importlib.import_module("onnxq.errors")
     if name not in _WHERE:
         raise AttributeError(f"module 'onnxq' has no attribute {name!r}")
     value = getattr(importlib.import_module(_WHERE[name]), name)

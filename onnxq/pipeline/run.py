@@ -385,12 +385,13 @@ def _check_noops(plan: _Plan, result: RunResult) -> None:
             f"pass {s.number} `{s.name}` of the recipe matched nothing{_because(s)}" for s in idle
         )
         return
-    first = idle[0]
+    quantizing = [s for s, owner in steps if s in idle and owner.tolerance is None]
+    first = next(iter(quantizing), idle[0])
     others = f", and so did {len(idle) - 1} more" if len(idle) > 1 else ""
     raise NoopError(
         "NOOP",
         f"pass {first.number} `{first.name}` matched nothing in this model{others}"
-        f"{_because(first)}",
+        f"{next(filter(None, map(_because, (first, *idle))), '')}",
         "leave the pass out, or accept this with --allow-noop; nothing was written",
         passes=[s.name for s in idle],
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
+from threadpoolctl import threadpool_limits
 
 from onnxq.errors import InternalError, SpecError
 from onnxq.graph import io
@@ -267,7 +268,9 @@ def apply_pass(
         progress=settings.progress,
         budget=budget or Budget(),
     )
-    report = owner.run(model, context)
+    # Passes solve many small systems, on which waiting BLAS threads cost more than they give.
+    with threadpool_limits(limits=1, user_api="blas"):
+        report = owner.run(model, context)
     if not isinstance(report, PassReport):
         raise InternalError("PASS-REPORT", f"pass `{owner.name}` returned no report")
     for key in owner.invalidates:

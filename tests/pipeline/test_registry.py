@@ -128,5 +128,6 @@ def test_the_public_names_are_there():
     for name in onnxq.__all__:
         assert getattr(onnxq, name)
         assert name in dir(onnxq)
+    assert onnxq.errors.SpecError is SpecError
     with pytest.raises(AttributeError, match="no attribute 'quantise'"):
         onnxq.quantise  # noqa: B018
