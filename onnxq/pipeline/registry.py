@@ -56,6 +56,7 @@ BUILTIN: Final[Mapping[str, Entry]] = {
         fold_norm="FoldNorm",
         rotate="Rotate",
         online_hadamard="OnlineHadamard",
+        awq_scale="AwqScale",
     ),
     **_builtin(
         "decide", calibrate="Calibrate", assign="Assign", partial="Partial", sanity="Sanity"
