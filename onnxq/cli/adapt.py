@@ -50,7 +50,13 @@ def speed_view(comparison: Comparison, feeds: str = "") -> SpeedView | None:
     if latency is None:
         return None
     seconds = latency.seconds
-    return SpeedView(seconds["reference"], seconds["candidate"], latency.threads, feeds)
+    return SpeedView(
+        seconds["reference"],
+        seconds["candidate"],
+        latency.threads,
+        feeds or latency.shapes,
+        latency.is_noisy,
+    )
 
 
 def pass_view(step: StepResult) -> PassView:

@@ -65,7 +65,8 @@ def print_outcome(
                 console.milliseconds(speed.before),
                 console.milliseconds(speed.after),
                 f"{speed.ratio:.2f}x as fast, {console.counted(speed.threads, 'thread')}"
-                + (f", {speed.feeds}" if speed.feeds else ""),
+                + (f", {speed.feeds}" if speed.feeds else "")
+                + (", NOISY: the machine is busy, measure again" if speed.is_noisy else ""),
             )
         )
     columns: list[tuple[str, console.Justify]] = [

@@ -99,6 +99,7 @@ class SpeedView:
     after: float
     threads: int
     feeds: str
+    is_noisy: bool = False
 
     @property
     def ratio(self) -> float:

@@ -84,6 +84,9 @@ class LayerDiff:
         return {k: _json(v) for k, v in vars(self).items()}
 
 
+NOISY: Final = 0.3
+
+
 @dataclass(frozen=True)
 class Latency:
     """Interleaved runs of several models on one sample.
@@ -92,11 +95,21 @@ class Latency:
         seconds: median of each model's runs, by label.
         rounds: runs of each model.
         threads: inside one operator.
+        shapes: of the sample's inputs, for example ``input_ids 1x24``.
+        spread: interquartile range of a model's runs as a share of its median, the largest of
+            all models; above :data:`NOISY` other work on the machine drowns the ratio.
     """
 
     seconds: Mapping[str, float]
     rounds: int
     threads: int
+    shapes: str = ""
+    spread: float = 0.0
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether the times differ too much from run to run to be quoted."""
+        return self.spread > NOISY
 
 
 @dataclass(frozen=True)
@@ -148,6 +161,8 @@ class Comparison:
             if self.latency is None
             else {k: v * 1e3 for k, v in self.latency.seconds.items()},
             "threads": None if self.latency is None else self.latency.threads,
+            "latency_shapes": None if self.latency is None else self.latency.shapes,
+            "latency_spread": None if self.latency is None else self.latency.spread,
         }
 
 
@@ -264,21 +279,21 @@ def compare_models(
         new = stack.enter_context(_session(candidate, threads))
         names = _shared_outputs(old, new)
         tallies = {name: _Tally() for name in names}
-        first: Sample | None = None
+        longest: Sample | None = None
         for count, sample in enumerate(samples, start=1):
-            first = first or sample
+            longest = sample if longest is None else max(longest, sample, key=_elements)
             (before,), (after,) = run_samples(old, [sample]), run_samples(new, [sample])
             for name, tally in tallies.items():
                 tally.add(before[name], after[name])
             tell("compare with the reference", count, limit)
-        if first is None:
+        if longest is None:
             raise DataError(
                 "DATA-NO-SAMPLES", "there are no samples to compare the models on", "give --calib"
             )
         latency = None
         if seconds > 0 or repeats:
             both = {"reference": old, "candidate": new}
-            latency = measure(both, first, threads=threads, seconds=seconds, repeats=repeats)
+            latency = measure(both, longest, threads=threads, seconds=seconds, repeats=repeats)
     return Comparison(
         tuple(tally.output(name) for name, tally in tallies.items()),
         _bytes(reference),
@@ -310,6 +325,11 @@ def _shared_outputs(old: ort.InferenceSession, new: ort.InferenceSession) -> lis
             "compare two forms of one model",
         )
     return names
+
+
+def _elements(sample: Sample) -> int:
+    """Size of a sample: the largest one shows the compute, not the overhead of a run."""
+    return sum(int(array.size) for array in sample.values())
 
 
 def _bytes(model: ModelLike) -> int:
@@ -352,7 +372,19 @@ def measure(
             sessions[label].run(None, inputs[label])
             times[label].append(time.perf_counter() - began)
         rounds += 1
-    return Latency({k: statistics.median(v) for k, v in times.items()}, rounds, threads)
+    return Latency(
+        {k: statistics.median(v) for k, v in times.items()},
+        rounds,
+        threads,
+        ", ".join(f"{k} {'x'.join(map(str, v.shape)) or 'scalar'}" for k, v in feeds.items()),
+        max(_spread(v) for v in times.values()),
+    )
+
+
+def _spread(times: Sequence[float]) -> float:
+    """Interquartile range as a share of the median."""
+    low, middle, high = statistics.quantiles(times, n=4)
+    return (high - low) / middle
 
 
 def per_layer(

@@ -81,7 +81,6 @@ class RoundedWeights:
         """The inverse of :meth:`to_storage`."""
         found = cls()
         for index, (site, group) in enumerate(header["sites"]):
-            found.add(
-                site, RoundedWeight(*(arrays[f"{index}.{field}"] for field in _FIELDS), group)
-            )
+            codes, scale, zero = (arrays[f"{index}.{field}"] for field in _FIELDS)
+            found.add(site, RoundedWeight(codes, scale, zero, group))
         return found
