@@ -34,6 +34,7 @@ from onnxq.passes.decide.integer_regions import (
 )
 from onnxq.passes.keys import PLAN, STATISTICS
 from onnxq.passes.plan import Mode, QuantPlan, SitePlan, ValuePlan, WeightPlan
+from onnxq.passes.sites import site_names
 from onnxq.passes.targets import Target
 
 SMALL_TABLE = 65_536
@@ -210,18 +211,20 @@ class Assign(Pass):
         return None
 
     def _assign_embeddings(self, structure: Structure, plan: QuantPlan) -> None:
+        names = site_names(structure.graph)
         for embedding in structure.embeddings:
+            name = names[embedding.node]
             tensor = embedding.table.const_value
             if self.embeddings == "float":
-                plan.leave_float(embedding.name, "embeddings=float")
+                plan.leave_float(name, "embeddings=float")
             elif tensor is None or tensor.dtype != ir.DataType.FLOAT:
-                plan.leave_float(embedding.name, "the table is not float32")
+                plan.leave_float(name, "the table is not float32")
             elif tensor.nbytes < SMALL_TABLE:
-                plan.leave_float(embedding.name, f"a table of {tensor.nbytes:,} bytes: too small")
+                plan.leave_float(name, f"a table of {tensor.nbytes:,} bytes: too small")
             else:
                 plan.add(
                     SitePlan(
-                        embedding.name,
+                        name,
                         "embedding",
                         "weight-only",
                         weight=WeightPlan(self.embeddings),

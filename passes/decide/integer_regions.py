@@ -18,8 +18,8 @@ from onnxq.graph.match.values import (
     const_scalar,
     is_const,
     node_input,
-    node_label,
 )
+from onnxq.passes.sites import site_names
 
 _COMPUTING = ("Add", "Concat", "AveragePool", "GlobalAveragePool")
 _CODE_KEEPING = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze")
@@ -30,21 +30,18 @@ class IntegerOp:
     """An operator without weights that can read and write 8-bit codes.
 
     Args:
+        name: as the plan calls it.
         node: the operator.
         inputs: the values that it reads as codes.
         output: the value that holds its codes, behind a Relu or Clip if one follows.
         keeps_codes: output codes mean what input codes mean, so they share scale and zero point.
     """
 
+    name: str
     node: ir.Node
     inputs: tuple[ir.Value, ...]
     output: ir.Value
     keeps_codes: bool
-
-    @property
-    def name(self) -> str:
-        """The node's name."""
-        return node_label(self.node)
 
 
 def output_of_conv(linear: Linear) -> ir.Value:
@@ -90,15 +87,15 @@ def find_integer_ops(structure: Structure) -> list[IntegerOp]:
     found: list[IntegerOp] = []
     if not coded:
         return found
-    for node in structure.graph:
-        op = _match(node, coded)
+    for node, name in site_names(structure.graph).items():
+        op = _match(node, name, coded)
         if op is not None:
             coded.add(op.output)
             found.append(op)
     return found
 
 
-def _match(node: ir.Node, coded: set[ir.Value]) -> IntegerOp | None:
+def _match(node: ir.Node, name: str, coded: set[ir.Value]) -> IntegerOp | None:
     keeps = is_op(node, *_CODE_KEEPING)
     if not keeps and not is_op(node, *_COMPUTING):
         return None
@@ -109,4 +106,4 @@ def _match(node: ir.Node, coded: set[ir.Value]) -> IntegerOp | None:
     if any(not is_const(v) for v in reads[len(data) :]) or len(node.outputs) > 1:
         return None
     output = node.outputs[0] if keeps else _behind_clamp(node.outputs[0])
-    return IntegerOp(node, tuple(data), output, keeps)
+    return IntegerOp(name, node, tuple(data), output, keeps)

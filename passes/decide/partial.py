@@ -13,10 +13,10 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from onnxq.errors import SpecError
-from onnxq.graph.match.values import node_label
 from onnxq.passes.contract import Context, Pass, PassReport
 from onnxq.passes.keys import PLAN
 from onnxq.passes.plan import QuantPlan, SitePlan
+from onnxq.passes.sites import site_names
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ class Partial(Pass):
         """Drop the matching sites from the plan."""
         report = PassReport()
         plan = ctx.artifacts.get(PLAN)
-        types = {node_label(node): node.op_type for node in model.graph}
+        types = {name: node.op_type for node, name in site_names(model.graph).items()}
+        self._report_misses(plan, types, report)
         for site in list(plan.sites.values()):
             why = self._match(site, types)
             if why is not None:
                 plan.leave_float(site.site, why)
                 report.change(site.site, "stays float", why)
         self._drop_starved(plan, report)
-        self._report_misses(plan, report)
         return report
 
     def _match(self, site: SitePlan, types: dict[str, str]) -> str | None:
@@ -80,7 +80,11 @@ class Partial(Pass):
                 plan.leave_float(site.site, "a neighbour stays float")
                 report.change(site.site, "stays float", "a neighbour stays float")
 
-    def _report_misses(self, plan: QuantPlan, report: PassReport) -> None:
+    def _report_misses(self, plan: QuantPlan, types: dict[str, str], report: PassReport) -> None:
         for glob in self.layers:
-            if not any(fnmatchcase(site, glob) for site in plan.floats):
+            if not any(fnmatchcase(site, glob) for site in plan.sites):
                 report.skip(glob, "matches no planned layer")
+        planned = {types.get(site) for site in plan.sites}
+        for op_type in self.op_types:
+            if op_type not in planned:
+                report.skip(op_type, "matches no planned layer")

@@ -20,13 +20,13 @@ import onnx_ir as ir
 
 from onnxq.graph.edit import remove_dead
 from onnxq.graph.match import analyze
-from onnxq.graph.match.values import node_label
 from onnxq.passes.contract import Context, Pass, PassReport
 from onnxq.passes.keys import PLAN, ROUNDED, STATISTICS
 from onnxq.passes.lower.dynamic import DynamicLowering
 from onnxq.passes.lower.embedding import lower_embedding
 from onnxq.passes.lower.static import StaticLowering
 from onnxq.passes.lower.weight_only import lower_weight_only
+from onnxq.passes.sites import site_names
 from onnxq.passes.weights.rounded import RoundedWeights
 
 
@@ -52,8 +52,9 @@ class Qdq(Pass):
         plan = ctx.artifacts.get(PLAN)
         structure = analyze(model)
         linears = {linear.name: linear for linear in structure.linears}
-        embeddings = {embedding.name: embedding for embedding in structure.embeddings}
-        nodes = {node_label(node): node for node in model.graph}
+        names = site_names(model.graph)
+        embeddings = {names[embedding.node]: embedding for embedding in structure.embeddings}
+        nodes = {name: node for node, name in names.items()}
         rounded = ctx.artifacts.get(ROUNDED) if ROUNDED in ctx.artifacts else RoundedWeights()
         static = StaticLowering(model, plan, rounded)
         dynamic = DynamicLowering(model, rounded)
