@@ -137,7 +137,11 @@ def run_job(job: str, **options: Any) -> Cost:
 
 
 class _TreeMemory:
-    """Watches the resident memory of a process and its children, summed, from a thread."""
+    """Watches the resident memory of a process and its children, summed, from a thread.
+
+    A sum counts when two looks in a row saw it: between vfork and exec a child shows its parent's
+    memory as its own, for less than a millisecond.
+    """
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
@@ -153,8 +157,11 @@ class _TreeMemory:
         return self._peak / MB
 
     def _watch(self) -> None:
+        before = 0
         while not self._done.wait(POLL_SECONDS):
-            self._peak = max(self._peak, sum(_resident(pid) for pid in _tree(self._pid)))
+            now = sum(_resident(pid) for pid in _tree(self._pid))
+            self._peak = max(self._peak, min(before, now))
+            before = now
 
 
 def _tree(pid: int) -> list[int]:
