@@ -57,6 +57,7 @@ BUILTIN: Final[Mapping[str, Entry]] = {
         rotate="Rotate",
         online_hadamard="OnlineHadamard",
         awq_scale="AwqScale",
+        shift_scale="ShiftScale",
     ),
     **_builtin(
         "decide", calibrate="Calibrate", assign="Assign", partial="Partial", sanity="Sanity"
