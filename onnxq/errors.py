@@ -59,7 +59,10 @@ class OnnxqError(Exception):
         self.details = details
 
     def __str__(self) -> str:
-        return f"[{self.code}] {self.cause}" + (f"\n  hint: {self.hint}" if self.hint else "")
+        return f"[{self.code}] {self.cause}" + self._hint_line()
+
+    def _hint_line(self) -> str:
+        return f"\n  hint: {self.hint}" if self.hint else ""
 
     def to_json(self) -> dict[str, Any]:
         """The error as one JSON object, for ``--json``."""
@@ -85,7 +88,9 @@ class SpecError(OnnxqError):
 
     def __str__(self) -> str:
         place = "" if self.span is None else "\n  " + self.span.caret().replace("\n", "\n  ")
-        return f"[{self.code}] {self.cause}{place}" + (f"\n  hint: {self.hint}" if self.hint else "")
+        return f"[{self.code}] {self.cause}{place}" + (
+            f"\n  hint: {self.hint}" if self.hint else ""
+        )
 
 
 class PipelineError(OnnxqError):

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from onnxq.calibration.statistics import Statistics
     from onnxq.cli.evidence import Evidence
     from onnxq.passes.plan import QuantPlan
-    from onnxq.pipeline.compare import Comparison, LayerDiff
+    from onnxq.pipeline.compare import Comparison
     from onnxq.pipeline.run import RunSummary
     from onnxq.pipeline.runner import StepResult
+    from onnxq.runtime.difference import LayerDiff
 
 
 def error_views(comparison: Comparison) -> list[ErrorView]:

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from onnxq.calibration.statistics import Statistics
     from onnxq.passes.contract import Progress
     from onnxq.passes.plan import QuantPlan
-    from onnxq.pipeline.compare import LayerDiff
     from onnxq.pipeline.hooks import Step
     from onnxq.pipeline.run import RunSummary
+    from onnxq.runtime.difference import LayerDiff
 
 _LAYER_SAMPLES: Final = 2
 MOVES: Final = frozenset(

@@ -21,10 +21,10 @@ from onnxq.graph import io
 from onnxq.graph.edit import validate as validate_graph
 from onnxq.passes.contract import Artifacts, Budget, Pass, Progress, no_progress
 from onnxq.passes.targets import parse_target
-from onnxq.pipeline.execute import Sample, Workspace, run_samples
 from onnxq.pipeline.hooks import VERIFY_SAMPLES, Outputs, worst_output
 from onnxq.pipeline.runner import Pipeline, Settings, apply_pass
 from onnxq.pipeline.validate import validate
+from onnxq.runtime.workspace import Sample, Workspace, run_samples
 
 if TYPE_CHECKING:
     import os

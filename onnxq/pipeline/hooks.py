@@ -14,9 +14,9 @@ import numpy as np
 
 from onnxq.errors import EquivalenceError
 from onnxq.graph.edit import validate
-from onnxq.pipeline.execute import Sample, Workspace, run_samples
-from onnxq.pipeline.metrics import relative_error
 from onnxq.pipeline.snapshot import Snapshot
+from onnxq.runtime.metrics import relative_error
+from onnxq.runtime.workspace import Sample, Workspace, run_samples
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -35,8 +35,8 @@ from onnxq.pipeline.validate import validate
 
 if TYPE_CHECKING:
     from onnxq.calibration.data import CalibrationData
-    from onnxq.pipeline.execute import Sample
     from onnxq.pipeline.registry import Registry
+    from onnxq.runtime.workspace import Sample
 
 
 @dataclass(frozen=True)

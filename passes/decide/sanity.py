@@ -8,25 +8,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from itertools import islice
+from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
+from onnxq.calibration.data import CalibrationData
 from onnxq.errors import QualityError, SpecError
-from onnxq.graph.io import session_source
 from onnxq.graph.match import const_array
 from onnxq.graph.match.values import node_label
 from onnxq.passes.contract import Context, Pass, PassReport
-from onnxq.runtime import session
-
-Array = npt.NDArray[Any]
+from onnxq.runtime.difference import OutputDiff, Tally
+from onnxq.runtime.workspace import Workspace, run_samples
 
 _SCALE_INPUTS = {
     "QuantizeLinear": 1,
     "DequantizeLinear": 1,
     "MatMulNBits": 2,
+}
+
+
+_BISECT = "run with --bisect to see which pass broke it"
+
+_FLAGS: dict[str, tuple[str, str]] = {
+    "all-zero": ("QUALITY-ALL-ZERO", "has become all zero"),
+    "non-finite": ("QUALITY-NOT-FINITE", "has NaN or Inf where the original has numbers"),
+    "shape": ("QUALITY-SHAPE", "has another shape than the original's"),
 }
 
 
@@ -60,39 +68,49 @@ class Sanity(Pass):
         if ctx.holdout is None or len(ctx.holdout) == 0:
             report.skip("outputs", "no held-back samples to compare on")
             return report
-        for name, cosine in self._compare(model, ctx).items():
-            if cosine < self.min_cosine:
-                raise QualityError(
-                    "QUALITY-SANITY",
-                    f"output `{name}` has cosine {cosine:.4f} with the original, below "
-                    f"{self.min_cosine:g}",
-                    "run with --bisect to see which pass broke it",
-                    output=name,
-                    cosine=cosine,
-                )
-            report.change(name, "compared with the original", f"cosine {cosine:.5f}")
+        for found in self._compare(model, ctx, ctx.holdout):
+            self._judge(found)
+            report.change(
+                found.name, "compared with the original", f"cosine {found.cosine_mean:.5f}"
+            )
         return report
 
-    def _compare(self, model: ir.Model, ctx: Context) -> dict[str, float]:
-        """Mean cosine of each float output with the original's."""
-        totals: dict[str, list[float]] = {}
-        names = [str(v.name) for v in model.graph.outputs]
-        zeros: dict[str, bool] = {}
-        for before, after in _runs(ctx.reference, model, ctx, self.samples):
-            for name, old, new in zip(names, before, after, strict=True):
-                if not _is_comparable(old) or not isinstance(new, np.ndarray):
-                    continue
-                _check_output(name, old, new)
-                zeros[name] = zeros.get(name, True) and bool(old.any()) and not new.any()
-                totals.setdefault(name, []).append(_cosine(old, new))
-        for name, is_dead in zeros.items():
-            if is_dead:
-                raise QualityError(
-                    "QUALITY-ALL-ZERO",
-                    f"output `{name}` has become all zero",
-                    "a scale is far too large: look for outliers or mask constants in the ranges",
-                )
-        return {name: float(np.mean(found)) for name, found in totals.items()}
+    def _compare(
+        self, model: ir.Model, ctx: Context, holdout: CalibrationData
+    ) -> Iterator[OutputDiff]:
+        """How far each float output is from the original's."""
+        tallies = {str(value.name): Tally() for value in model.graph.outputs}
+        count = min(self.samples, len(holdout))
+        with Workspace() as workspace:
+            old = workspace.session(ctx.reference, threads=ctx.threads)
+            new = workspace.session(model, threads=ctx.threads)
+        for done, sample in enumerate(islice(holdout, count)):
+            ctx.progress(self.name, done, count)
+            (before,), (after,) = run_samples(old, [sample]), run_samples(new, [sample])
+            for name, tally in tallies.items():
+                if _is_comparable(before[name]):
+                    tally.add(before[name], after[name])
+        ctx.progress(self.name, count, count)
+        return (tally.output(name) for name, tally in tallies.items() if tally.cosines)
+
+    def _judge(self, found: OutputDiff) -> None:
+        """Raise if an output is broken."""
+        for flag in found.flags:
+            code, what = _FLAGS[flag]
+            raise QualityError(
+                code,
+                f"output `{found.name}` {what}",
+                "run with --bisect to see which pass broke it",
+            )
+        if found.cosine_mean < self.min_cosine:
+            raise QualityError(
+                "QUALITY-SANITY",
+                f"output `{found.name}` has cosine {found.cosine_mean:.4f} with the original, "
+                f"below {self.min_cosine:g}",
+                _BISECT,
+                output=found.name,
+                cosine=found.cosine_mean,
+            )
 
 
 def _check_scales(model: ir.Model) -> int:
@@ -117,44 +135,6 @@ def _check_scales(model: ir.Model) -> int:
     return count
 
 
-def _runs(
-    reference: ir.Model, model: ir.Model, ctx: Context, limit: int
-) -> Iterator[tuple[list[Array], list[Array]]]:
-    if ctx.holdout is None:
-        return
-    with session_source(reference) as before, session_source(model) as after:
-        old, new = session(before, threads=ctx.threads), session(after, threads=ctx.threads)
-        for done, feeds in enumerate(ctx.holdout):
-            if done >= limit:
-                return
-            ctx.progress("sanity", done, min(limit, len(ctx.holdout)))
-            yield old.run(None, feeds), new.run(None, feeds)
-
-
 def _is_comparable(value: object) -> bool:
     """Whether an output is a float tensor with elements (not a sequence, a label, nothing)."""
     return isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.size > 0
-
-
-def _check_output(name: str, old: Array, new: Array) -> None:
-    if old.shape != new.shape:
-        raise QualityError(
-            "QUALITY-SHAPE",
-            f"output `{name}` has shape {list(new.shape)}, the original {list(old.shape)}",
-            "run with --bisect to see which pass broke it",
-        )
-    if (np.isfinite(old.astype(np.float64)) & ~np.isfinite(new.astype(np.float64))).any():
-        raise QualityError(
-            "QUALITY-NOT-FINITE",
-            f"output `{name}` has NaN or Inf where the original has numbers",
-            "run with --bisect to see which pass broke it",
-        )
-
-
-def _cosine(old: Array, new: Array) -> float:
-    """Cosine over the elements that are finite in both; two all-zero arrays have 1."""
-    a, b = old.astype(np.float64).ravel(), new.astype(np.float64).ravel()
-    finite = np.isfinite(a) & np.isfinite(b)
-    a, b = a[finite], b[finite]
-    norm = float(np.linalg.norm(a) * np.linalg.norm(b))
-    return float(a @ b) / norm if norm > 0 else float(not a.any() and not b.any())

@@ -16,7 +16,7 @@ from scipy.spatial import distance
 from onnxq.errors import DataError
 from onnxq.graph import io
 from onnxq.pipeline.compare import compare_models, measure, per_layer
-from onnxq.pipeline.metrics import cosine, relative_error, sqnr_db
+from onnxq.runtime.metrics import cosine, relative_error, sqnr_db
 from tests.pipeline.tiny import samples, set_weight, tiny_model, weight
 
 FINITE = hnp.arrays(np.float32, 7, elements=st.floats(-1e3, 1e3, width=32))

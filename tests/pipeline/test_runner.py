@@ -15,10 +15,10 @@ from onnxq.calibration.data import open_data
 from onnxq.errors import DataError, EquivalenceError, InternalError, SpecError
 from onnxq.graph import io
 from onnxq.passes.contract import Context, Pass, PassReport
-from onnxq.pipeline.execute import Workspace, run_samples
 from onnxq.pipeline.grammar import parse
 from onnxq.pipeline.hooks import Hook
 from onnxq.pipeline.runner import Pipeline
+from onnxq.runtime.workspace import Workspace, run_samples
 from tests.pipeline.tiny import MEAN, REGISTRY, Observe, Round, samples, tiny_model, weight
 
 FULL = "observe,rescale{factor=3.0},observe,round"
