@@ -25,14 +25,14 @@ from tests.passes.helpers import (
     run,
 )
 
-BODY = """g (float[16, 32] x) => (float[16, 24] y, float[16, 8] z) {
+BODY = """g (float[256, 32] x) => (float[256, 24] y, float[256, 8] z) {
     n = LayerNormalization <axis = -1> (x, gamma, beta)
     a = MatMul (n, w)
     y = Add (a, b)
     z = MatMul (n, v)
 }"""
-SAMPLES = [{"x": normal(16, 32, seed=seed)} for seed in range(8)]
-UNSEEN = {"x": normal(16, 32, seed=99)}
+SAMPLES = [{"x": normal(256, 32, seed=seed)} for seed in range(8)]
+UNSEEN = {"x": normal(256, 32, seed=99)}
 
 
 def off_centre(shared_beta: bool = False) -> ir.Model:
@@ -49,7 +49,7 @@ def off_centre(shared_beta: bool = False) -> ir.Model:
     }
     body = BODY
     if shared_beta:
-        body = body.replace("(float[16, 24] y,", "(float[32] again, float[16, 24] y,")
+        body = body.replace("(float[256, 24] y,", "(float[32] again, float[256, 24] y,")
         body = body.replace("    a =", "    again = Neg (beta)\n    a =")
     return model_of(body, weights, opset=17)
 
@@ -108,7 +108,7 @@ def test_the_search_never_shifts_what_cannot_take_it(may_shift: bool) -> None:
 
 
 def test_even_channels_are_left_alone() -> None:
-    body = """g (float[16, 32] x) => (float[16, 8] y) {
+    body = """g (float[256, 32] x) => (float[256, 8] y) {
         n = LayerNormalization <axis = -1> (x, gamma, beta)
         y = MatMul (n, w)
     }"""
