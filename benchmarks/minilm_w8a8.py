@@ -16,6 +16,7 @@ making: whole process, start and imports included; ours also loads and compares 
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -140,8 +141,9 @@ def show(arguments: Namespace, rows: list[Row]) -> None:
 
 def block(spelling: str, rows: list[Row], columns: list[Column]) -> str:
     """The table with the conditions under which it was measured."""
-    day = time.strftime("%Y-%m-%d")
-    return f"{common.markdown_table(rows, columns)}\n{day}, {common.machine()}, {spelling} graph.\n"
+    table = common.markdown_table(rows, columns)
+    conditions = f"{time.strftime('%Y-%m-%d')}, {common.machine()}, {spelling} graph"
+    return f"{table}\n{conditions}; load average {os.getloadavg()[1]:.1f} from all processes.\n"
 
 
 def comparisons(spelling: str, rows: list[Row], columns: list[Column]) -> Iterator[dict[str, Any]]:
