@@ -60,7 +60,13 @@ BUILTIN: Final[Mapping[str, Entry]] = {
         shift_scale="ShiftScale",
     ),
     **_builtin(
-        "decide", calibrate="Calibrate", assign="Assign", partial="Partial", sanity="Sanity"
+        "decide",
+        calibrate="Calibrate",
+        assign="Assign",
+        partial="Partial",
+        sanity="Sanity",
+        sensitivity="Sensitivity",
+        auto_partial="AutoPartial",
     ),
     **_builtin("weights", gptq="Gptq", gpfq="Gpfq", opt_rtn="OptRtn"),
     **_builtin("lower", qdq="Qdq"),
