@@ -274,7 +274,7 @@ class Assign(Pass):
 
 def _element_type(linear: Linear) -> ir.DataType | None:
     """The type that the layer computes in; without shape inference, that of its weight."""
-    if linear.x.dtype is not None or linear.weight_path:
+    if linear.x.dtype is not None or any(is_op(n, "Cast") for n in linear.weight_path):
         return linear.x.dtype
     return value_dtype(linear.weight) or linear.weight.dtype
 
