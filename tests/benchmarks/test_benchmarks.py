@@ -251,3 +251,13 @@ def test_no_calibration_image_is_evaluated(
     assert len(evaluation) == 436
     assert not calibration & evaluation
     assert {p.name for p in (tmp_path / "evaluation").glob("*.jpg")} == evaluation
+
+
+def test_the_pipelines_in_the_readme_are_understood() -> None:
+    from onnxq import parse
+
+    text = (REPOSITORY / "README.md").read_text("utf-8")
+    pipelines = re.findall(r'--passes "([^"]+)"|Pipeline\("([^"]+)"\)', text)
+    assert len(pipelines) == 2
+    for shell, python in pipelines:
+        assert len(parse(shell or python)) > 2
