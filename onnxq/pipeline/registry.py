@@ -58,6 +58,7 @@ BUILTIN: Final[Mapping[str, Entry]] = {
         online_hadamard="OnlineHadamard",
         awq_scale="AwqScale",
         shift_scale="ShiftScale",
+        equalize="Equalize",
     ),
     **_builtin(
         "decide",
