@@ -69,7 +69,7 @@ BUILTIN: Final[Mapping[str, Entry]] = {
         sensitivity="Sensitivity",
         auto_partial="AutoPartial",
     ),
-    **_builtin("weights", gptq="Gptq", gpfq="Gpfq", opt_rtn="OptRtn"),
+    **_builtin("weights", sequential="Sequential", gptq="Gptq", gpfq="Gpfq", opt_rtn="OptRtn"),
     **_builtin("lower", qdq="Qdq"),
 }
 

@@ -22,6 +22,7 @@ class Gpfq(WeightRounding):
     name: ClassVar[str] = "gpfq"
     summary: ClassVar[str] = "round weights with GPFQ: each undoes the error gathered so far"
 
-    def solve(self, rows: Array, gram: Array, fmt: Format, group: int) -> Solution:
+    def solve(self, rows: Array, gram: Array | None, fmt: Format, group: int) -> Solution:
         """GPFQ on searched scales."""
+        assert gram is not None
         return gpfq(rows, gram, fmt, group=group, params=searched_scales(rows, gram, fmt, group))

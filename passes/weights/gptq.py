@@ -37,8 +37,9 @@ class Gptq(WeightRounding):
         if not 0.0 < self.damping <= 1.0:
             raise SpecError("SPEC-RANGE", f"damping={self.damping} is not above 0 and at most 1")
 
-    def solve(self, rows: Array, gram: Array, fmt: Format, group: int) -> Solution:
+    def solve(self, rows: Array, gram: Array | None, fmt: Format, group: int) -> Solution:
         """GPTQ on searched scales."""
+        assert gram is not None
         return gptq(
             rows,
             gram,

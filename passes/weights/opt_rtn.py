@@ -24,6 +24,7 @@ class OptRtn(WeightRounding):
     name: ClassVar[str] = "opt-rtn"
     summary: ClassVar[str] = "round weights to nearest, scales searched with input energies"
 
-    def solve(self, rows: Array, gram: Array, fmt: Format, group: int) -> Solution:
+    def solve(self, rows: Array, gram: Array | None, fmt: Format, group: int) -> Solution:
         """Optimised RTN."""
+        assert gram is not None
         return opt_rtn(rows, fmt, group=group, importance=np.diag(gram).astype(np.float32))
