@@ -93,15 +93,12 @@ class RunResult:
         reports: one result for each pass.
         artifacts: what the passes found out and what still holds for the new model.
         provenance: what was written into the model's metadata.
-        last_artifacts: the last value of every artifact, those that later passes made stale
-            included: the plan that was performed, the statistics that it was made from.
     """
 
     model: ir.Model
     reports: list[StepResult]
     artifacts: Artifacts
     provenance: dict[str, Any]
-    last_artifacts: Artifacts
 
     def noops(self) -> list[StepResult]:
         """The passes that found nothing to do."""
@@ -206,7 +203,7 @@ class Pipeline:
                 results.append(_result(step, fingerprint))
         provenance = provenance_of(self.passes, reference, settings)
         io.set_provenance(state.model, provenance)
-        return RunResult(state.model, results, state.artifacts, provenance, state.last)
+        return RunResult(state.model, results, state.artifacts, provenance)
 
 
 @dataclass
@@ -216,7 +213,6 @@ class _State:
     reference: ir.Model
     model: ir.Model
     artifacts: Artifacts
-    last: Artifacts = field(default_factory=Artifacts)
 
 
 def _run_step(
@@ -234,8 +230,6 @@ def _run_step(
     )
     step.seconds = time.perf_counter() - began
     step.cpu_seconds = time.process_time() - cpu
-    for key in owner.provides:
-        state.last.put(key, state.artifacts.get(key))
     for hook in hooks:
         hook.after_pass(step)
     settings.progress(owner.name, number, len(passes))

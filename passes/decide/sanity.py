@@ -6,12 +6,15 @@ finite and positive, outputs finite, and nothing that was alive may have become 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxq.calibration.data import CalibrationData
@@ -78,19 +81,24 @@ class Sanity(Pass):
     def _compare(
         self, model: ir.Model, ctx: Context, holdout: CalibrationData
     ) -> Iterator[OutputDiff]:
-        """How far each float output is from the original's."""
+        """How far each float output is from the original's.
+
+        One model is open at a time, and the first one's outputs wait on disk: two models and the
+        outputs of a decoder at once would set the peak memory of the whole run.
+        """
+        samples = list(islice(holdout, self.samples))
         tallies = {str(value.name): Tally() for value in model.graph.outputs}
-        count = min(self.samples, len(holdout))
-        with Workspace() as workspace:
-            old = workspace.session(ctx.reference, threads=ctx.threads)
-            new = workspace.session(model, threads=ctx.threads)
-        for done, sample in enumerate(islice(holdout, count)):
-            ctx.progress(self.name, done, count)
-            (before,), (after,) = run_samples(old, [sample]), run_samples(new, [sample])
-            for name, tally in tallies.items():
-                if _is_comparable(before[name]):
-                    tally.add(before[name], after[name])
-        ctx.progress(self.name, count, count)
+        with Workspace() as workspace, TemporaryDirectory(prefix="onnxq-") as folder:
+            session = workspace.session(ctx.reference, threads=ctx.threads)
+            for number, outputs in enumerate(run_samples(session, samples)):
+                ctx.progress(self.name, number, 2 * len(samples))
+                _keep(Path(folder), number, outputs)
+            del session
+            session = workspace.session(model, threads=ctx.threads)
+            for number, outputs in enumerate(run_samples(session, samples)):
+                ctx.progress(self.name, len(samples) + number, 2 * len(samples))
+                for name, kept in _kept(Path(folder), number, list(tallies)):
+                    tallies[name].add(kept, outputs[name])
         return (tally.output(name) for name, tally in tallies.items() if tally.cosines)
 
     def _judge(self, found: OutputDiff) -> None:
@@ -135,6 +143,18 @@ def _check_scales(model: ir.Model) -> int:
     return count
 
 
-def _is_comparable(value: object) -> bool:
-    """Whether an output is a float tensor with elements (not a sequence, a label, nothing)."""
-    return isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.size > 0
+def _keep(folder: Path, sample: int, outputs: Mapping[str, object]) -> None:
+    """Write the float outputs of one sample; sequences, labels and texts are not compared."""
+    for index, value in enumerate(outputs.values()):
+        if isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.size > 0:
+            np.save(folder / f"{sample}.{index}.npy", value)
+
+
+def _kept(
+    folder: Path, sample: int, names: Sequence[str]
+) -> Iterator[tuple[str, npt.NDArray[np.floating]]]:
+    """What :func:`_keep` wrote, mapped into memory, in the order of ``names``."""
+    for index, name in enumerate(names):
+        path = folder / f"{sample}.{index}.npy"
+        if path.exists():
+            yield name, np.load(path, mmap_mode="r")

@@ -73,4 +73,21 @@ class Qdq(Pass):
             report.change(site.site, what)
         static.finish()
         remove_dead(model.graph)
+        forget_shapes(model)
         return report
+
+
+def forget_shapes(model: ir.Model) -> None:
+    """Drop the shapes that earlier passes inferred for inner values.
+
+    Where onnxruntime (1.31) reads that both operands of a residual add have one shape, it fuses
+    the add and the LayerNormalization behind it into SkipLayerNormalization, whose CPU kernel takes
+    six times as long as the two. It infers what its kernels need by itself.
+    """
+    for graph in model.graphs():
+        kept = {*graph.inputs, *graph.outputs}
+        for node in graph:
+            for value in node.outputs:
+                if value not in kept:
+                    value.shape = None
+                    value.type = None

@@ -55,7 +55,7 @@ class SmoothQuant(Pass):
 
     alpha: float | Literal["auto"] = "auto"
     mul: Literal["gain", "none"] = "gain"
-    min_gain_db: float = 2.0
+    min_gain_db: float = 3.5
     rows: int = 1024
 
     def __post_init__(self) -> None:
