@@ -157,6 +157,10 @@ def attach(model: ir.Model, op_name: str) -> None:
     if function.identifier() in model.functions:
         return
     function.opset_imports[""] = opset
+    # A body may use our other operators; what it uses stands before it.
+    for node in function:
+        if node.domain == DOMAIN:
+            attach(model, node.op_type)
     model.functions[function.identifier()] = function
 
 

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "op_kernel.h"
+#include "quant_mat_mul.h"
 
 namespace onnxq {
 
@@ -28,6 +29,37 @@ class DynamicQuantizePerToken {
  private:
   using T = std::conditional_t<type == ElementType::kFloat16, uint16_t, float>;
   const PerTokenRows* rows_ = nullptr;
+};
+
+// x: [..., K] times packed weights -> y: [..., N]; see defs/quant_mat_mul.py.
+template <ElementType type>
+class QuantMatMul {
+ public:
+  static constexpr const char* kName = "QuantMatMul";
+  // x, codes, scales (of several types), zero_points, levels, bias.
+  static constexpr std::array<ElementType, 6> kInputs = {type,
+                                                         ElementType::kUint8,
+                                                         ElementType::kUndefined,
+                                                         ElementType::kInt8,
+                                                         ElementType::kFloat32,
+                                                         ElementType::kFloat32};
+  static constexpr std::array<ElementType, 1> kOutputs = {type};
+
+  static ort::OrtStatus* Create(const Api& api, const ort::OrtKernelInfo* info,
+                                QuantMatMul* kernel);
+  static ort::OrtStatus* InferShapes(const Api& api, ort::OrtShapeInferContext* context);
+  ort::OrtStatus* Compute(const Api& api, ort::OrtKernelContext* context) const;
+
+ private:
+  using T = std::conditional_t<type == ElementType::kFloat16, uint16_t, float>;
+
+  QuantMatMulAttributes attributes_;
+  const QuantMatMulKernels* kernels_ = nullptr;
+  const PerTokenRows* rows_ = nullptr;
+  Allocator allocator_;
+  bool prepared_ = false;  // `weights_` and `bias_` are from constants of the model
+  QuantWeights weights_{};
+  QuantBias bias_{};
 };
 
 }  // namespace onnxq

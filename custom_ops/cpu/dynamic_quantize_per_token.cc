@@ -13,14 +13,6 @@ namespace {
 // Rows are cut into tasks of at least this many elements: below it, a task costs more than it does.
 constexpr int64_t kElementsPerTask = 16384;
 
-const PerTokenRows* RowsFor(Isa isa) {
-#if defined(__x86_64__)
-  if (isa == Isa::kAvx512bw) return &kPerTokenAvx512bw;
-  if (isa == Isa::kAvx2) return &kPerTokenAvx2;
-#endif
-  return isa == Isa::kScalar ? &kPerTokenScalar : nullptr;
-}
-
 void Quantize(const PerTokenRows& rows, const float* x, int64_t n, int64_t k, int8_t* q, float* s) {
   rows.float32(x, n, k, q, s);
 }
@@ -31,13 +23,27 @@ void Quantize(const PerTokenRows& rows, const uint16_t* x, int64_t n, int64_t k,
 
 }  // namespace
 
+const PerTokenRows* PerTokenRowsFor(Isa isa) {
+  switch (isa) {
+#if defined(__x86_64__)
+    case Isa::kAvx512vnni:
+    case Isa::kAvx512bw:
+      return &kPerTokenAvx512bw;
+    case Isa::kAvx2:
+      return &kPerTokenAvx2;
+#endif
+    default:
+      return &kPerTokenScalar;
+  }
+}
+
 template <ElementType type>
 ort::OrtStatus* DynamicQuantizePerToken<type>::Create(const Api& api, const ort::OrtKernelInfo*,
                                                       DynamicQuantizePerToken* kernel) {
   Isa isa;
   std::string error;
   if (!SelectIsa(&isa, &error)) return Error(api, kName, error);
-  kernel->rows_ = RowsFor(isa);
+  kernel->rows_ = PerTokenRowsFor(isa);
   return nullptr;
 }
 

@@ -6,12 +6,16 @@
 
 #include <cstdint>
 
+#include "isa.h"
+
 namespace onnxq {
 
 struct PerTokenRows {
   void (*float32)(const float* x, int64_t rows, int64_t k, int8_t* q, float* scale);
   void (*float16)(const uint16_t* x, int64_t rows, int64_t k, int8_t* q, float* scale);
 };
+
+const PerTokenRows* PerTokenRowsFor(Isa isa);
 
 extern const PerTokenRows kPerTokenScalar;
 #if defined(__x86_64__)

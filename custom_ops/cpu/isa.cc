@@ -13,6 +13,8 @@ const char* IsaName(Isa isa) {
       return "avx2";
     case Isa::kAvx512bw:
       return "avx512bw";
+    case Isa::kAvx512vnni:
+      return "avx512vnni";
   }
   return "unknown";
 }
@@ -23,14 +25,18 @@ bool IsaSupported(Isa isa) {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
+  const bool avx512bw = avx2 && __builtin_cpu_supports("avx512f") &&
+                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                        __builtin_cpu_supports("avx512dq");
   switch (isa) {
     case Isa::kScalar:
       return true;
     case Isa::kAvx2:
       return avx2;
     case Isa::kAvx512bw:
-      return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+      return avx512bw;
+    case Isa::kAvx512vnni:
+      return avx512bw && __builtin_cpu_supports("avx512vnni");
   }
   return false;
 #else

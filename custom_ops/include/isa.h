@@ -6,10 +6,10 @@
 namespace onnxq {
 
 // In order of preference; each level's kernels may use everything the levels before it use.
-enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512bw = 2 };
-inline constexpr int kIsaCount = 3;
+enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512bw = 2, kAvx512vnni = 3 };
+inline constexpr int kIsaCount = 4;
 
-// "scalar", "avx2", "avx512bw".
+// "scalar", "avx2", "avx512bw", "avx512vnni".
 const char* IsaName(Isa isa);
 
 // Whether this CPU and its operating system can run the level's instructions.

@@ -2,7 +2,8 @@
 //
 // A kernel class declares
 //   static constexpr const char* kName;                    operator name in domain com.onnxq
-//   static constexpr std::array<ElementType, n> kInputs;   element type of each input
+//   static constexpr std::array<ElementType, n> kInputs;   element type of each input; kUndefined
+//                                                          takes any, and the kernel must check
 //   static constexpr std::array<ElementType, n> kOutputs;  element type of each output
 //   static OrtStatus* Create(const Api&, const OrtKernelInfo*, Kernel*);   reads attributes
 //   OrtStatus* Compute(const Api&, OrtKernelContext*) const;
@@ -60,17 +61,16 @@ using ShapeInfo = std::unique_ptr<ort::OrtTensorTypeAndShapeInfo, ReleaseShapeIn
 // A dense row-major input. `data` may be null when an extent is 0.
 struct InputTensor {
   const void* data = nullptr;
+  ElementType type = ElementType::kUndefined;
   std::vector<int64_t> shape;
 };
 
-inline ort::OrtStatus* GetInput(const Api& api, const ort::OrtKernelContext* context, size_t index,
-                                InputTensor* tensor) {
-  const ort::OrtValue* value = nullptr;
-  ONNXQ_RETURN_IF_ERROR(api.KernelContext_GetInput(context, index, &value));
+inline ort::OrtStatus* ViewTensor(const Api& api, const ort::OrtValue* value, InputTensor* tensor) {
   ort::OrtTensorTypeAndShapeInfo* raw = nullptr;
   ONNXQ_RETURN_IF_ERROR(api.GetTensorTypeAndShape(value, &raw));
   const ShapeInfo info(raw, ReleaseShapeInfo{&api});
   size_t rank = 0;
+  ONNXQ_RETURN_IF_ERROR(api.GetTensorElementType(info.get(), &tensor->type));
   ONNXQ_RETURN_IF_ERROR(api.GetDimensionsCount(info.get(), &rank));
   tensor->shape.resize(rank);
   ONNXQ_RETURN_IF_ERROR(api.GetDimensions(info.get(), tensor->shape.data(), rank));
@@ -80,6 +80,80 @@ inline ort::OrtStatus* GetInput(const Api& api, const ort::OrtKernelContext* con
   tensor->data = data;
   return nullptr;
 }
+
+inline ort::OrtStatus* GetInput(const Api& api, const ort::OrtKernelContext* context, size_t index,
+                                InputTensor* tensor) {
+  const ort::OrtValue* value = nullptr;
+  ONNXQ_RETURN_IF_ERROR(api.KernelContext_GetInput(context, index, &value));
+  return ViewTensor(api, value, tensor);
+}
+
+// The input when it is a constant of the model, which then lives as long as the kernel; `found`
+// says whether it is.
+inline ort::OrtStatus* GetConstantInput(const Api& api, const ort::OrtKernelInfo* info,
+                                        size_t index, bool* found, InputTensor* tensor) {
+  int is_constant = 0;
+  const ort::OrtValue* value = nullptr;
+  ONNXQ_RETURN_IF_ERROR(api.KernelInfoGetConstantInput_tensor(info, index, &is_constant, &value));
+  *found = is_constant != 0 && value != nullptr;
+  return *found ? ViewTensor(api, value, tensor) : nullptr;
+}
+
+// ONNX Runtime's allocator for this kernel, arena included.
+struct ReleaseAllocator {
+  const Api* api;
+  void operator()(ort::OrtAllocator* allocator) const { api->ReleaseAllocator(allocator); }
+};
+using Allocator = std::unique_ptr<ort::OrtAllocator, ReleaseAllocator>;
+
+inline ort::OrtStatus* GetAllocator(const Api& api, const ort::OrtKernelInfo* info,
+                                    Allocator* allocator) {
+  ort::OrtAllocator* raw = nullptr;
+  ONNXQ_RETURN_IF_ERROR(api.KernelInfoGetAllocator(info, ort::MemType::kDefault, &raw));
+  *allocator = Allocator(raw, ReleaseAllocator{&api});
+  return nullptr;
+}
+
+// Memory for the length of one Compute, cut into parts that begin at multiples of 64 bytes.
+class Scratch {
+ public:
+  explicit Scratch(const Api& api) : api_(api) {}
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() {
+    if (block_ == nullptr) return;
+    if (ort::OrtStatus* const status = api_.AllocatorFree(allocator_, block_)) {
+      api_.ReleaseStatus(status);
+    }
+  }
+
+  // Reserves room for `count` elements of T; Get with the answer gives the address after Allocate.
+  template <class T>
+  size_t Reserve(int64_t count) {
+    const size_t at = size_;
+    size_ += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    return at;
+  }
+
+  ort::OrtStatus* Allocate(ort::OrtAllocator* allocator) {
+    allocator_ = allocator;
+    ONNXQ_RETURN_IF_ERROR(api_.AllocatorAlloc(allocator, size_ + 63, &block_));
+    base_ = static_cast<char*>(block_) + (64 - reinterpret_cast<uintptr_t>(block_) % 64) % 64;
+    return nullptr;
+  }
+
+  template <class T>
+  T* Get(size_t at) const {
+    return reinterpret_cast<T*>(base_ + at);
+  }
+
+ private:
+  const Api& api_;
+  ort::OrtAllocator* allocator_ = nullptr;
+  void* block_ = nullptr;
+  char* base_ = nullptr;
+  size_t size_ = 0;
+};
 
 inline ort::OrtStatus* MakeOutput(const Api& api, ort::OrtKernelContext* context, size_t index,
                                   const std::vector<int64_t>& shape, void** data) {
@@ -104,6 +178,7 @@ ort::OrtStatus* ParallelFor(const Api& api, const ort::OrtKernelContext* context
 // The shape of a graph value while shapes are inferred: an extent is -1 where it is not known, and
 // then `names` may hold its symbol (an empty string where it has none).
 struct SymbolicShape {
+  ElementType type = ElementType::kUndefined;
   std::vector<int64_t> dims;
   std::vector<std::string> names;
 };
@@ -113,6 +188,7 @@ inline ort::OrtStatus* GetInputShape(const Api& api, const ort::OrtShapeInferCon
   ort::OrtTensorTypeAndShapeInfo* info = nullptr;  // owned by the context
   ONNXQ_RETURN_IF_ERROR(api.ShapeInferContext_GetInputTypeShape(context, index, &info));
   size_t rank = 0;
+  ONNXQ_RETURN_IF_ERROR(api.GetTensorElementType(info, &shape->type));
   ONNXQ_RETURN_IF_ERROR(api.GetDimensionsCount(info, &rank));
   shape->dims.resize(rank);
   std::vector<const char*> names(rank, nullptr);

@@ -9,17 +9,19 @@
 
 namespace onnxq::ort {
 
-// The newest API version whose entries are called: 17 brought ParallelFor and shape inference.
-inline constexpr uint32_t kApiVersion = 17;
+// The newest API version whose entries are called: 18 brought KernelInfoGetAllocator.
+inline constexpr uint32_t kApiVersion = 18;
 
 struct OrtStatus;
 struct OrtValue;
+struct OrtAllocator;
 struct OrtKernelInfo;
 struct OrtKernelContext;
 struct OrtShapeInferContext;
 struct OrtSessionOptions;
 struct OrtCustomOpDomain;
 struct OrtTensorTypeAndShapeInfo;
+struct OrtOpAttr;
 struct OrtApi;
 
 struct OrtApiBase {
@@ -37,9 +39,12 @@ enum class ElementType : int {
   kInt32 = 6,
   kInt64 = 7,
   kFloat16 = 10,
+  kBfloat16 = 16,
+  kFloat8e4m3fn = 17,
 };
 
 enum class Characteristic : int { kRequired = 0, kOptional = 1, kVariadic = 2 };
+enum class AttributeType : int { kInt = 1 };
 enum class MemType : int { kDefault = 0 };
 
 // The operator as ONNX Runtime sees it: fields past those of the declared version are not read.
@@ -83,6 +88,8 @@ struct OrtCustomOp {
   ONNXQ_SLOT(58, OrtStatus*, SetTensorElementType, (OrtTensorTypeAndShapeInfo*, ElementType))      \
   ONNXQ_SLOT(59, OrtStatus*, SetDimensions,                                                        \
              (OrtTensorTypeAndShapeInfo*, const int64_t* dims, size_t rank))                       \
+  ONNXQ_SLOT(60, OrtStatus*, GetTensorElementType,                                                 \
+             (const OrtTensorTypeAndShapeInfo*, ElementType*))                                     \
   ONNXQ_SLOT(61, OrtStatus*, GetDimensionsCount, (const OrtTensorTypeAndShapeInfo*, size_t* rank)) \
   ONNXQ_SLOT(62, OrtStatus*, GetDimensions,                                                        \
              (const OrtTensorTypeAndShapeInfo*, int64_t* dims, size_t rank))                       \
@@ -90,6 +97,12 @@ struct OrtCustomOp {
              (const OrtTensorTypeAndShapeInfo*, const char** names, size_t rank))                  \
   ONNXQ_SLOT(65, OrtStatus*, GetTensorTypeAndShape,                                                \
              (const OrtValue*, OrtTensorTypeAndShapeInfo**))                                       \
+  ONNXQ_SLOT(75, OrtStatus*, AllocatorAlloc, (OrtAllocator*, size_t bytes, void** block))          \
+  ONNXQ_SLOT(76, OrtStatus*, AllocatorFree, (OrtAllocator*, void* block))                          \
+  ONNXQ_SLOT(85, OrtStatus*, KernelInfoGetAttribute_float,                                         \
+             (const OrtKernelInfo*, const char* name, float*))                                     \
+  ONNXQ_SLOT(86, OrtStatus*, KernelInfoGetAttribute_int64,                                         \
+             (const OrtKernelInfo*, const char* name, int64_t*))                                   \
   ONNXQ_SLOT(90, OrtStatus*, KernelContext_GetInput,                                               \
              (const OrtKernelContext*, size_t index, const OrtValue**))                            \
   ONNXQ_SLOT(91, OrtStatus*, KernelContext_GetOutput,                                              \
@@ -97,15 +110,24 @@ struct OrtCustomOp {
   ONNXQ_SLOT(93, void, ReleaseStatus, (OrtStatus*))                                                \
   ONNXQ_SLOT(99, void, ReleaseTensorTypeAndShapeInfo, (OrtTensorTypeAndShapeInfo*))                \
   ONNXQ_SLOT(101, void, ReleaseCustomOpDomain, (OrtCustomOpDomain*))                               \
+  ONNXQ_SLOT(132, void, ReleaseAllocator, (OrtAllocator*))                                         \
+  ONNXQ_SLOT(249, OrtStatus*, KernelInfoGetConstantInput_tensor,                                   \
+             (const OrtKernelInfo*, size_t index, int* is_constant, const OrtValue**))             \
   ONNXQ_SLOT(268, OrtStatus*, ShapeInferContext_GetInputTypeShape,                                 \
              (const OrtShapeInferContext*, size_t index, OrtTensorTypeAndShapeInfo**))             \
+  ONNXQ_SLOT(269, OrtStatus*, ShapeInferContext_GetAttribute,                                      \
+             (const OrtShapeInferContext*, const char* name, const OrtOpAttr**))                   \
   ONNXQ_SLOT(270, OrtStatus*, ShapeInferContext_SetOutputTypeShape,                                \
              (const OrtShapeInferContext*, size_t index, const OrtTensorTypeAndShapeInfo*))        \
   ONNXQ_SLOT(271, OrtStatus*, SetSymbolicDimensions,                                               \
              (OrtTensorTypeAndShapeInfo*, const char** names, size_t rank))                        \
+  ONNXQ_SLOT(272, OrtStatus*, ReadOpAttr,                                                          \
+             (const OrtOpAttr*, AttributeType, void* data, size_t bytes, size_t* written))         \
   ONNXQ_SLOT(274, OrtStatus*, KernelContext_ParallelFor,                                           \
              (const OrtKernelContext*, void (*task)(void*, size_t), size_t total, size_t batches,  \
-              void* user_data))
+              void* user_data))                                                                    \
+  ONNXQ_SLOT(278, OrtStatus*, KernelInfoGetAllocator,                                              \
+             (const OrtKernelInfo*, MemType, OrtAllocator**))
 
 // The entries by name, read out of the runtime's table once.
 struct Api {

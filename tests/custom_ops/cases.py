@@ -6,7 +6,8 @@ An operator without an entry in ``CASES`` fails the test: an untested kernel can
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,9 @@ import onnx
 import onnx_ir as ir
 
 from onnxq import custom_ops
+from onnxq.custom_ops.defs import quant_mat_mul
+from onnxq.custom_ops.packed_weight import PackedWeight, pack_weight
+from onnxq.formats import Granularity, parse_format
 
 Array = np.ndarray[Any, Any]
 Inputs = dict[str, Array]
@@ -22,32 +26,79 @@ Inputs = dict[str, Array]
 _ROW_LENGTHS = (0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 127, 128, 129, 1021)
 
 
-def single_node_model(op_name: str, dtype: str, *, opset: int = 21) -> bytes:
-    """A model of one node with the operator's body attached; output shapes are left open."""
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One run of an operator.
+
+    Attributes:
+        name: what is special about it.
+        inputs: fed at run time.
+        constants: further inputs, which are initializers of the model.
+        attributes: of the node.
+        every_opset: run the body in every opset with it.
+    """
+
+    name: str
+    inputs: Inputs
+    constants: Inputs = field(default_factory=dict)
+    attributes: Mapping[str, int | float] = field(default_factory=dict)
+    every_opset: bool = False
+
+    def reference(self, op_name: str) -> tuple[Array, ...]:
+        """The operator's numpy reference on this case."""
+        operator = custom_ops.get(op_name)
+        with np.errstate(all="ignore"):
+            return operator.reference(**self.inputs, **self.constants, **self.attributes)
+
+
+def model_of(op_name: str, case: Case, *, opset: int = 21) -> bytes:
+    """A model of one node with the operator's body attached; shapes are left open."""
     operator = custom_ops.get(op_name)
-    inputs = [
-        ir.Value(name=name, type=ir.TensorType(ir.DataType.from_numpy(np.dtype(dtype))))
-        for name in operator.inputs
-    ]
-    node = custom_ops.make_node(op_name, inputs)
-    for value, name in zip(node.outputs, operator.outputs, strict=True):
+    values: list[ir.Value | None] = []
+    for name in operator.inputs:
+        if name in case.constants:
+            tensor = ir.tensor(case.constants[name], name=name)
+            value = ir.Value(name=name, const_value=tensor, shape=tensor.shape)
+            value.type = ir.TensorType(tensor.dtype)
+        else:
+            dtype = ir.DataType.from_numpy(case.inputs[name].dtype)
+            value = ir.Value(name=name, type=ir.TensorType(dtype))
+        values.append(value)
+    node = custom_ops.make_node(op_name, values, dict(case.attributes))
+    outputs = case.reference(op_name)
+    for value, name, array in zip(node.outputs, operator.outputs, outputs, strict=True):
         value.name = name
-        value.type = ir.TensorType(_OUTPUT_TYPES[op_name][name])
-    graph = ir.Graph(inputs, node.outputs, nodes=[node], opset_imports={"": opset}, name="one")
+        value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
+    fed = [value for value in values if value is not None and value.const_value is None]
+    constants = [value for value in values if value is not None and value.const_value is not None]
+    graph = ir.Graph(
+        fed,
+        node.outputs,
+        nodes=[node],
+        initializers=constants,
+        opset_imports={"": opset},
+        name="one",
+    )
     model = ir.Model(graph, ir_version=10)
     custom_ops.attach(model, op_name)
     return onnx.ModelProto.SerializeToString(ir.to_proto(model))
 
 
-def _per_token(dtype: str) -> Iterator[tuple[str, Inputs]]:
+def single_node_model(op_name: str, dtype: str, *, opset: int = 21) -> bytes:
+    """The model of the operator's first case."""
+    return model_of(op_name, next(CASES[op_name](dtype)), opset=opset)
+
+
+def _per_token(dtype: str) -> Iterator[Case]:
     numpy_type = np.dtype(dtype)
     rng = np.random.default_rng(7)
     shapes = [(5, k) for k in _ROW_LENGTHS]
     shapes += [(0,), (1,), (0, 4), (0, 0), (2, 0, 3), (1, 1), (2, 3, 5, 31), (4099, 3), (1, 50021)]
     for shape in shapes:
-        yield f"normal {shape}", {"x": rng.normal(size=shape).astype(numpy_type)}
+        x = rng.normal(size=shape).astype(numpy_type)
+        yield Case(f"normal {shape}", {"x": x}, every_opset=0 in shape)
     # More elements than one task takes, so that the thread pool cuts it.
-    yield "large", {"x": (rng.standard_cauchy(size=(67, 1499)) * 1e-2).astype(numpy_type)}
+    yield Case("large", {"x": (rng.standard_cauchy(size=(67, 1499)) * 1e-2).astype(numpy_type)})
     info = np.finfo(numpy_type)
     rows = np.zeros((12, 37), numpy_type)
     rows[0, 0] = np.nan
@@ -64,21 +115,90 @@ def _per_token(dtype: str) -> Iterator[tuple[str, Inputs]]:
     rows[9, 1:] = rng.normal(size=36)
     rows[9, 0] = info.max
     rows[10] = rng.normal(size=37)
-    yield "edges", {"x": rows}
-    yield "nan in the tail", {"x": np.where(np.arange(65) == 64, np.nan, 1.0).astype(numpy_type)}
+    yield Case("edges", {"x": rows}, every_opset=True)
+    tail = np.where(np.arange(65) == 64, np.nan, 1.0).astype(numpy_type)
+    yield Case("nan in the tail", {"x": tail})
     bits = rng.integers(0, 1 << (8 * numpy_type.itemsize), size=(64, 129), dtype=np.uint64)
     unsigned = bits.astype(f"uint{8 * numpy_type.itemsize}")
-    yield "any bit pattern", {"x": unsigned.view(numpy_type)}
+    yield Case("any bit pattern", {"x": unsigned.view(numpy_type)})
     finite = np.where(np.isfinite(unsigned.view(numpy_type)), unsigned.view(numpy_type), 0)
-    yield "any finite bit pattern", {"x": finite.astype(numpy_type)}
+    yield Case("any finite bit pattern", {"x": finite.astype(numpy_type)})
 
 
-CASES: dict[str, Callable[[str], Iterator[tuple[str, Inputs]]]] = {
+# Around panels of 32 and 64 columns, steps of 4, groups, chunks of 128 and 512, tiles of 4 and 6.
+_PRODUCTS = (
+    (1, 1, 1, 16), (3, 7, 5, 16), (2, 16, 31, 16), (4, 63, 32, 64), (5, 64, 33, 32),
+    (6, 65, 64, 32), (7, 129, 65, 32), (8, 127, 97, 128), (9, 128, 1, 64), (13, 131, 63, 1000),
+    (1, 513, 64, 32), (1, 516, 40, 1024), (9, 1030, 33, 1030), (17, 577, 96, 128),
+)  # fmt: skip
+_WEIGHTS = ("int4", "uint4", "int8", "uint8", "mxfp4", "nvfp4", "nf4", "fp8", "mxint8", "mxfp8e5m2")
+
+
+def quantized_weight(
+    kind: str, n: int, k: int, group: int, *, int8_activations: bool, rng: np.random.Generator
+) -> PackedWeight:
+    """A random weight ``[N, K]`` in one of ``_WEIGHTS``."""
+    w = rng.normal(size=(n, k)).astype(np.float32)
+    bias = rng.normal(size=n).astype(np.float32) if n % 2 else None
+    name, scale = {"fp8": ("fp8e4m3", "float32"), "uint8": ("uint8", "float32")}.get(
+        kind, (kind, "float16")
+    )
+    name = {"mxfp8e5m2": "mxfp8e5m2", "mxfp4": "mxfp4"}.get(name, name)
+    fmt = parse_format(name)
+    granularity = None if fmt.fixed_block else Granularity.block(1, group)
+    params = fmt.params(w, granularity, axis=1)
+    return pack_weight(
+        fmt,
+        fmt.encode(w, params),
+        params,
+        int8_activations=int8_activations,
+        scale_type="float32" if scale == "float32" else "float16",
+        bias=bias,
+    )
+
+
+def takes_int8(kind: str) -> bool:
+    """Whether the format's levels are multiples of one number."""
+    return kind not in ("nf4", "fp8", "mxfp8e5m2")
+
+
+def _quant_mat_mul(dtype: str) -> Iterator[Case]:
+    rng = np.random.default_rng(11)
+    for number, (m, k, n, group) in enumerate(_PRODUCTS):
+        for offset in range(2):
+            kind = _WEIGHTS[(2 * number + offset) % len(_WEIGHTS)]
+            for int8 in (False, True):
+                if int8 and not takes_int8(kind):
+                    continue
+                packed = quantized_weight(kind, n, k, group, int8_activations=int8, rng=rng)
+                x = rng.normal(size=(m, k)).astype(dtype)
+                yield Case(
+                    f"{kind} [{m}, {k}] x {n}, groups of {group}, int8 {int8}",
+                    {"x": x},
+                    packed.inputs,
+                    packed.attributes,
+                    every_opset=number == 3,
+                )
+    for int8 in (False, True):
+        packed = quantized_weight("uint4", 70, 200, 32, int8_activations=int8, rng=rng)
+        x = rng.normal(size=(2, 3, 200)).astype(dtype)
+        everything = {"x": x, **packed.inputs}
+        yield Case(f"no constants, int8 {int8}", everything, {}, packed.attributes)
+        for shape in ((200,), (0, 200), (2, 0, 200)):
+            x = rng.normal(size=shape).astype(dtype)
+            yield Case(f"{shape}, int8 {int8}", {"x": x}, packed.inputs, packed.attributes)
+        x = rng.normal(size=(11, 200)).astype(dtype)
+        x[2, 3], x[5, 0], x[7] = np.nan, np.inf, 0
+        x[8] *= 1e-4
+        yield Case(f"edges, int8 {int8}", {"x": x}, packed.inputs, packed.attributes)
+    packed = quantized_weight("int4", 300, 288, 32, int8_activations=True, rng=rng)
+    x = rng.normal(size=(150, 288)).astype(dtype)
+    yield Case("large", {"x": x}, packed.inputs, packed.attributes)
+
+
+CASES: dict[str, Callable[[str], Iterator[Case]]] = {
     "DynamicQuantizePerToken": _per_token,
-}
-
-_OUTPUT_TYPES = {
-    "DynamicQuantizePerToken": {"q": ir.DataType.INT8, "scale": ir.DataType.FLOAT},
+    "QuantMatMul": _quant_mat_mul,
 }
 
 
@@ -89,6 +209,59 @@ def same_bits(left: Array, right: Array) -> bool:
         and left.shape == right.shape
         and np.ascontiguousarray(left).tobytes() == np.ascontiguousarray(right).tobytes()
     )
+
+
+def agrees(op_name: str, case: Case, got: Sequence[Array], *, kernel: bool) -> bool:
+    """Whether results are as the operator's contract says: to the bit, or within its budget."""
+    expected = case.reference(op_name)
+    if op_name != "QuantMatMul":
+        return all(map(same_bits, got, expected))
+    if got[0].dtype != expected[0].dtype or got[0].shape != expected[0].shape:
+        return False
+    if kernel:  # NaN has many patterns, and arithmetic does not say which
+        return same_bits(np.nan_to_num(got[0], nan=1), np.nan_to_num(expected[0], nan=1)) and bool(
+            (np.isnan(got[0]) == np.isnan(expected[0])).all()
+        )
+    exact, budget = quant_mat_mul_exact(case)
+    with np.errstate(all="ignore"):
+        close = np.abs(got[0].astype(np.float64) - exact) <= budget
+    return bool((close | ~np.isfinite(budget) | ~np.isfinite(got[0])).all())
+
+
+def quant_mat_mul_exact(case: Case) -> tuple[Array, Array]:
+    """The product in float64 and how far from it a result may lie."""
+    arrays, a = {**case.inputs, **case.constants}, case.attributes
+    level, scale = quant_mat_mul.weight_parts(
+        *(arrays[name] for name in ("codes", "scales", "zero_points", "levels")),
+        a["K"], a["N"], a["group"], a["exponent_scales"],
+    )  # fmt: skip
+    wide = np.repeat(scale.astype(np.float64), int(a["group"]), axis=1)[:, : int(a["K"])]
+    weight = level.astype(np.float64) * wide * np.float32(a["factor"])
+    x = arrays["x"].astype(np.float64)
+    with np.errstate(all="ignore"):
+        if a["int8_activations"]:
+            q, row = custom_ops.get("DynamicQuantizePerToken").reference(arrays["x"])
+            x = q.astype(np.float64) * row
+        exact = x @ weight.T + arrays["bias"]
+        size = np.abs(x) @ np.abs(weight.T) + np.abs(arrays["bias"])
+        budget = quant_mat_mul.ERROR_BUDGET * (4 + np.sqrt(a["K"])) * size
+        if arrays["x"].dtype == np.float16:
+            budget = budget * (1 + 2.0**-10) + np.abs(exact) * 2.0**-11 + 2.0**-25
+            exact = np.where(np.abs(exact) > 65519, np.inf, exact)
+    return exact, budget
+
+
+def random_case(op_name: str, dtype: str, rng: np.random.Generator) -> Case:
+    """A case of random extents, types and values."""
+    if op_name == "DynamicQuantizePerToken":
+        return Case("random", {"x": random_input(dtype, rng)})
+    m, k, n = (int(rng.integers(low, high)) for low, high in ((0, 20), (1, 700), (1, 140)))
+    kind = str(rng.choice(_WEIGHTS))
+    group = int(rng.choice([16, 20, 32, 64, 128, 512, 1024]))
+    int8 = takes_int8(kind) and bool(rng.integers(2))
+    packed = quantized_weight(kind, n, k, group, int8_activations=int8, rng=rng)
+    x = (rng.normal(size=(m, k)) * math.pow(10.0, rng.uniform(-5, 2))).astype(dtype)
+    return Case(f"{kind} {m} {k} {n} {group} {int8}", {"x": x}, packed.inputs, packed.attributes)
 
 
 def random_input(dtype: str, rng: np.random.Generator) -> Array:

@@ -124,7 +124,7 @@ def test_unknown_isa_is_refused(
     level: str, library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ONNXQ_ISA", level)
-    with pytest.raises(DataError, match="known levels: scalar, avx2, avx512bw"):
+    with pytest.raises(DataError, match="known levels: scalar, avx2, avx512bw, avx512vnni"):
         session(single_node_model(PER_TOKEN, "float32"), threads=1, library=library.path)
 
 

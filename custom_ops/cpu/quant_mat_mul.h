@@ -1,0 +1,101 @@
+// The inner kernels of QuantMatMul, one set for each instruction set; defs/quant_mat_mul.py states
+// the meaning and custom_ops/layout.py the layout of the weights.
+//
+// Symbols: M rows of activations, K reduction length, N columns; J = ceil(K / 4) steps of four k;
+// G groups; P = ceil(N / 32) panels of 32 columns.
+//
+// All sets give the same bits: integers are summed exactly, floats in the order of the definition,
+// one fused multiply-add after another, for each column alone. Vectors run across columns.
+#pragma once
+
+#include <cstdint>
+
+namespace onnxq {
+
+static constexpr int64_t kPanel = 32;       // columns of a panel
+static constexpr int64_t kSmallRows = 8;    // up to here weights are unpacked in registers
+static constexpr int64_t kBlockRows = 128;  // rows that share one unpacking of the weights
+
+enum class ScaleType : int { kFloat32, kFloat16, kBfloat16, kE4M3, kE8M0 };
+
+// How codes become levels.
+enum class LevelKind : int {
+  kTable16,   // 4-bit codes, 16 levels
+  kAffine4,   // 4-bit codes, level = code + offset
+  kAffine8,   // 8-bit codes, level = code + offset
+  kE4M3,      // 8-bit codes that are the FP8 numbers themselves
+  kTable256,  // 8-bit codes, 256 levels
+};
+
+struct QuantMatMulAttributes {
+  int64_t k = 0;
+  int64_t n = 0;
+  int64_t group = 0;
+  int64_t bits = 0;
+  int64_t layout = 0;
+  bool int8_activations = false;
+  bool exponent_scales = false;  // u8 scales are powers of two
+  float factor = 1;
+};
+
+struct QuantBias {
+  const float* values = nullptr;  // [N], or one number with step 0
+  int64_t step = 0;
+};
+
+struct QuantWeights {
+  const uint8_t* codes;       // [P, J, 16 * bits] packed
+  const void* scales;         // [P, G, 32] of scale_type
+  const int8_t* zero_points;  // [P, G, 32], or null: none (one for all is in the levels)
+  ScaleType scale_type;
+  LevelKind kind;
+  const float* levels;  // [16] or [256]
+  uint8_t bytes[16];    // kTable16 with integer activations: level = bytes[code] + offset
+  int32_t offset;       // of kAffine4, kAffine8 and `bytes`
+  uint8_t top;          // the largest level less the offset
+  float factor;         // of all weights
+  int64_t k, n;
+  int64_t steps;        // J
+  int64_t group_steps;  // J of a group
+  int64_t groups;       // G
+
+  int64_t code_bytes() const {  // of one step of a panel
+    return kind == LevelKind::kTable16 || kind == LevelKind::kAffine4 ? 64 : 128;
+  }
+};
+
+// One product: x [M, K] times the weights. Activations are either integers (q) or floats (x).
+struct QuantProduct {
+  const QuantWeights* weights;
+  int64_t m;
+  const int8_t* q;  // [M, q_stride], zeros from K to 4 J
+  int64_t q_stride;
+  const int32_t* starts;   // [M, G]: sum of q over the group, times offset where no zero points are
+  const float* row_scale;  // [M]: scale of the row times factor
+  const float* x;          // [M, K]
+  QuantBias bias;
+  void* y;      // [M, N]
+  bool y_half;  // y is float16
+};
+
+struct QuantMatMulKernels {
+  // Group sums of one quantized row: out[g] = multiplier * sum of q over the group's steps.
+  void (*group_sums)(const int8_t* q, const QuantWeights& weights, int32_t multiplier,
+                     int32_t* out);
+  // Columns of panels [first, last), all rows, of which there are at most kSmallRows.
+  void (*int8_small)(const QuantProduct& product, int64_t first, int64_t last);
+  void (*float_small)(const QuantProduct& product, int64_t first, int64_t last);
+  // Rows [row, row + rows), at most kBlockRows, of panels [first, last), at most two.
+  void (*int8_block)(const QuantProduct& product, int64_t first, int64_t last, int64_t row,
+                     int64_t rows);
+  void (*float_block)(const QuantProduct& product, int64_t first, int64_t last, int64_t row,
+                      int64_t rows);
+};
+
+extern const QuantMatMulKernels kQuantMatMulScalar;
+#if defined(__x86_64__)
+extern const QuantMatMulKernels kQuantMatMulAvx2;
+extern const QuantMatMulKernels kQuantMatMulAvx512vnni;
+#endif
+
+}  // namespace onnxq

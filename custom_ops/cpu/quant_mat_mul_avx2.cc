@@ -1,0 +1,432 @@
+// AVX2 and FMA: vectors of 8 columns; four k of a column are one 32-bit lane.
+#include <immintrin.h>
+
+#include "quant_mat_mul_driver.h"
+
+namespace onnxq {
+namespace {
+
+constexpr int64_t kLanes = 8;
+constexpr int64_t kPair = 2 * kLanes;
+
+ONNXQ_INLINE inline __m256i Broadcast4(const int8_t* q) {
+  int32_t four;
+  std::memcpy(&four, q, sizeof four);
+  return _mm256_set1_epi32(four);
+}
+
+ONNXQ_INLINE inline __m256i Load(const void* at) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(at));
+}
+ONNXQ_INLINE inline __m256i LoadI8(const int8_t* at) {
+  return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at)));
+}
+ONNXQ_INLINE inline __m128i LoadHalves(const void* at) {
+  return _mm_loadu_si128(static_cast<const __m128i*>(at));
+}
+ONNXQ_INLINE inline __m256i LoadBytes(const void* at) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(at)));
+}
+ONNXQ_INLINE inline void Store(void* at, __m256i v) {
+  _mm256_storeu_si256(static_cast<__m256i*>(at), v);
+}
+
+ONNXQ_INLINE inline __m256 Select(__m256i where, __m256 yes, __m256 no) {
+  return _mm256_blendv_ps(no, yes, _mm256_castsi256_ps(where));
+}
+
+ONNXQ_INLINE inline __m256 FromE4M3(__m256i code) {
+  const __m256i magnitude = _mm256_and_si256(code, _mm256_set1_epi32(0x7f));
+  const __m256i bits = _mm256_slli_epi32(magnitude, 20);
+  const __m256 normal = _mm256_castsi256_ps(_mm256_add_epi32(bits, _mm256_set1_epi32(120 << 23)));
+  // (1 + M / 8) * 2^-6 - 2^-6, without a subnormal on the way.
+  const __m256 subnormal =
+      _mm256_sub_ps(_mm256_castsi256_ps(_mm256_add_epi32(bits, _mm256_set1_epi32(121 << 23))),
+                    _mm256_set1_ps(0x1p-6F));
+  __m256 value = Select(_mm256_cmpgt_epi32(_mm256_set1_epi32(8), magnitude), subnormal, normal);
+  value = Select(_mm256_cmpeq_epi32(magnitude, _mm256_set1_epi32(0x7f)),
+                 _mm256_set1_ps(std::numeric_limits<float>::quiet_NaN()), value);
+  const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(code, _mm256_set1_epi32(0x80)), 24);
+  return _mm256_or_ps(value, _mm256_castsi256_ps(sign));
+}
+
+ONNXQ_INLINE inline __m256 FromE8M0(__m256i code) {
+  const __m256 value = _mm256_castsi256_ps(_mm256_slli_epi32(code, 23));
+  const __m256 least = _mm256_set1_ps(0x1p-127F);
+  const __m256 nan = _mm256_set1_ps(std::numeric_limits<float>::quiet_NaN());
+  return Select(_mm256_cmpeq_epi32(code, _mm256_setzero_si256()), least,
+                Select(_mm256_cmpeq_epi32(code, _mm256_set1_epi32(255)), nan, value));
+}
+
+// Eight scales from element `at` on.
+ONNXQ_INLINE inline __m256 Scales(ScaleType type, const void* scales, int64_t at) {
+  switch (type) {
+    case ScaleType::kFloat32:
+      return _mm256_loadu_ps(static_cast<const float*>(scales) + at);
+    case ScaleType::kFloat16:
+      return _mm256_cvtph_ps(LoadHalves(static_cast<const uint16_t*>(scales) + at));
+    case ScaleType::kBfloat16:
+      return _mm256_castsi256_ps(_mm256_slli_epi32(
+          _mm256_cvtepu16_epi32(LoadHalves(static_cast<const uint16_t*>(scales) + at)), 16));
+    case ScaleType::kE4M3:
+      return FromE4M3(LoadBytes(static_cast<const uint8_t*>(scales) + at));
+    case ScaleType::kE8M0:
+      return FromE8M0(LoadBytes(static_cast<const uint8_t*>(scales) + at));
+  }
+  return _mm256_setzero_ps();
+}
+
+// Codes of 16 columns, 16 h to 16 h + 15, as unsigned levels less the offset.
+template <LevelKind kind>
+ONNXQ_INLINE inline void LoadStep(const uint8_t* codes, int h, __m256i table, __m256i (&out)[2]) {
+  if constexpr (kind == LevelKind::kAffine8) {
+    out[0] = Load(codes + h * 64);
+    out[1] = Load(codes + h * 64 + 32);
+  } else {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    Each<2>([&](auto v) ONNXQ_INLINE {
+      const __m256i both = Load(codes + v * 32);
+      out[v] = _mm256_and_si256(h == 0 ? both : _mm256_srli_epi16(both, 4), nibble);
+      if constexpr (kind == LevelKind::kTable16) out[v] = _mm256_shuffle_epi8(table, out[v]);
+    });
+  }
+}
+
+ONNXQ_INLINE inline __m256i Table(const QuantWeights& w) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.bytes)));
+}
+
+// How unsigned weights meet signed activations. maddubs adds two products in 16 bits, saturating:
+// kShort: 8 steps of weights up to 16 fit in 16 bits (8 * 2 * 16 * 127 = 32512);
+// kByte:  one step of weights up to 128 does (2 * 128 * 127 = 32512);
+// kWide:  larger ones are widened to 16 bits first.
+enum class Width : int { kShort, kByte, kWide };
+
+Width WidthOf(uint8_t top) {
+  return top <= 16 ? Width::kShort : top <= 128 ? Width::kByte : Width::kWide;
+}
+
+// acc[r][v] += weights(i)[v] * q[r] over all steps; `load(i, b)` gives the weights of two vectors.
+template <Width width, int rows, class LoadWeights>
+ONNXQ_INLINE inline void Steps(const int8_t* q, int64_t q_stride, int64_t steps,
+                               __m256i (&acc)[rows][2], const LoadWeights& load) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  constexpr int64_t kRun = width == Width::kShort ? 8 : 1;
+  __m256i b[2];
+  for (int64_t i = 0; i < steps;) {
+    if constexpr (width == Width::kWide) {
+      load(i, b);
+      const __m256i low = _mm256_set1_epi16(255);
+      const __m256i even[2] = {_mm256_and_si256(b[0], low), _mm256_and_si256(b[1], low)};
+      const __m256i odd[2] = {_mm256_srli_epi16(b[0], 8), _mm256_srli_epi16(b[1], 8)};
+      Each<rows>([&](auto r) ONNXQ_INLINE {
+        const __m256i a = Broadcast4(q + r * q_stride + 4 * i);
+        const __m256i a_even = _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8);
+        const __m256i a_odd = _mm256_srai_epi16(a, 8);
+        Each<2>([&](auto v) ONNXQ_INLINE {
+          acc[r][v] = _mm256_add_epi32(acc[r][v], _mm256_madd_epi16(even[v], a_even));
+          acc[r][v] = _mm256_add_epi32(acc[r][v], _mm256_madd_epi16(odd[v], a_odd));
+        });
+      });
+      ++i;
+    } else {
+      __m256i run[rows][2];
+      Each<rows>([&](auto r) ONNXQ_INLINE { run[r][0] = run[r][1] = _mm256_setzero_si256(); });
+      for (const int64_t end = std::min(steps, i + kRun); i < end; ++i) {
+        load(i, b);
+        Each<rows>([&](auto r) ONNXQ_INLINE {
+          const __m256i a = Broadcast4(q + r * q_stride + 4 * i);
+          run[r][0] = _mm256_add_epi16(run[r][0], _mm256_maddubs_epi16(b[0], a));
+          run[r][1] = _mm256_add_epi16(run[r][1], _mm256_maddubs_epi16(b[1], a));
+        });
+      }
+      Each<rows>([&](auto r) ONNXQ_INLINE {
+        Each<2>([&](auto v) ONNXQ_INLINE {
+          acc[r][v] = _mm256_add_epi32(acc[r][v], _mm256_madd_epi16(run[r][v], ones));
+        });
+      });
+    }
+  }
+}
+
+template <int rows, class LoadWeights>
+void Steps(Width width, const int8_t* q, int64_t q_stride, int64_t steps, __m256i (&acc)[rows][2],
+           const LoadWeights& load) {
+  switch (width) {
+    case Width::kShort:
+      return Steps<Width::kShort>(q, q_stride, steps, acc, load);
+    case Width::kByte:
+      return Steps<Width::kByte>(q, q_stride, steps, acc, load);
+    case Width::kWide:
+      return Steps<Width::kWide>(q, q_stride, steps, acc, load);
+  }
+}
+
+struct Avx2 {
+  static constexpr int64_t kTileRows = 4;  // times two vectors
+  static constexpr int kPanelRows = 1;
+
+  static void UnpackBytes(const QuantWeights& w, const uint8_t* codes, int64_t steps,
+                          uint8_t* out) {
+    const __m256i table = Table(w);
+    for (int64_t i = 0; i < steps; ++i, codes += 64, out += 128) {
+      Each<2>([&](auto h) ONNXQ_INLINE {
+        __m256i bytes[2];
+        if (w.kind == LevelKind::kTable16) {
+          LoadStep<LevelKind::kTable16>(codes, h, table, bytes);
+        } else {
+          LoadStep<LevelKind::kAffine4>(codes, h, table, bytes);
+        }
+        Store(out + h * 64, bytes[0]);
+        Store(out + h * 64 + 32, bytes[1]);
+      });
+    }
+  }
+
+  static void LoadScales(ScaleType type, const void* scales, float* out) {
+    for (int64_t i = 0; i < kPanel; i += kLanes) {
+      _mm256_store_ps(out + i, Scales(type, scales, i));
+    }
+  }
+
+  template <int rows, int panels>
+  ONNXQ_NOINLINE static void Int8Rows(const Int8Tile& t) {
+    constexpr int64_t kWidth = panels * kPanel;
+    int64_t step = 0;
+    for (int64_t piece = 0; piece < t.piece_count; ++piece) {
+      const Piece& now = t.pieces[piece];
+      for (int64_t c = 0; c < kWidth; c += kPair) {
+        __m256i acc[rows][2];
+        Each<rows>([&](auto r) ONNXQ_INLINE {
+          const __m256i start = _mm256_set1_epi32(t.starts[r * t.groups + now.group]);
+          Each<2>([&](auto v) ONNXQ_INLINE {
+            const int64_t at = c + v * kLanes;
+            acc[r][v] = !now.first ? Load(t.group + r * kWidth + at)
+                        : t.zeros == nullptr
+                            ? start
+                            : _mm256_mullo_epi32(start, Load(t.zeros + piece * kWidth + at));
+          });
+        });
+        const uint8_t* bytes = t.panels[c / kPanel] + step * 128 + c % kPanel * 4;
+        Steps(WidthOf(t.top), t.q + 4 * step, t.q_stride, now.steps, acc,
+              [bytes](int64_t i, __m256i(&b)[2]) {
+                b[0] = Load(bytes + i * 128);
+                b[1] = Load(bytes + i * 128 + 32);
+              });
+        Each<rows>([&](auto r) ONNXQ_INLINE {
+          Each<2>([&](auto v) ONNXQ_INLINE {
+            const int64_t at = c + v * kLanes;
+            if (now.last) {
+              float* sum = t.sums + r * kWidth + at;
+              const __m256 scale = _mm256_load_ps(t.scales + piece * kWidth + at);
+              _mm256_store_ps(
+                  sum, _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[r][v]), scale, _mm256_load_ps(sum)));
+            } else {
+              Store(t.group + r * kWidth + at, acc[r][v]);
+            }
+          });
+        });
+      }
+      step += now.steps;
+    }
+  }
+
+  template <int rows, LevelKind kind>
+  ONNXQ_NOINLINE static void Int8Panel(const QuantProduct& p, int64_t panel, float* sums) {
+    const QuantWeights& w = *p.weights;
+    constexpr int64_t kBytes = kind == LevelKind::kAffine8 ? 128 : 64;
+    const __m256i table = Table(w);
+    const Width width = WidthOf(w.top);
+    __m256 sum[4];
+    for (__m256& s : sum) s = _mm256_setzero_ps();
+    for (int64_t g = 0; g < w.groups; ++g) {
+      const int64_t first = g * w.group_steps;
+      const int64_t steps = std::min(w.group_steps, w.steps - first);
+      const uint8_t* codes = w.codes + (panel * w.steps + first) * kBytes;
+      const int64_t at = (panel * w.groups + g) * kPanel;
+      Each<2>([&](auto h) ONNXQ_INLINE {
+        __m256i acc[1][2];
+        Each<2>([&](auto v) ONNXQ_INLINE {
+          acc[0][v] = _mm256_set1_epi32(p.starts[g]);
+          if (w.zero_points != nullptr) {
+            const __m256i zero = LoadI8(w.zero_points + at + h * kPair + v * kLanes);
+            acc[0][v] =
+                _mm256_mullo_epi32(acc[0][v], _mm256_sub_epi32(_mm256_set1_epi32(w.offset), zero));
+          }
+        });
+        Steps(width, p.q + 4 * first, 0, steps, acc,
+              [&](int64_t i, __m256i(&b)[2]) { LoadStep<kind>(codes + i * kBytes, h, table, b); });
+        Each<2>([&](auto v) ONNXQ_INLINE {
+          sum[2 * h + v] = _mm256_fmadd_ps(
+              _mm256_cvtepi32_ps(acc[0][v]),
+              Scales(w.scale_type, w.scales, at + h * kPair + v * kLanes), sum[2 * h + v]);
+        });
+      });
+    }
+    Each<4>([&](auto v) ONNXQ_INLINE { _mm256_store_ps(sums + v * kLanes, sum[v]); });
+  }
+
+  // Levels of 8 columns at the k of the step that `shift` selects.
+  template <LevelKind kind>
+  ONNXQ_INLINE static inline __m256 Levels(const QuantWeights& w, __m256i codes, int shift) {
+    const __m256i code = _mm256_srl_epi32(codes, _mm_cvtsi32_si128(shift));
+    if constexpr (kind == LevelKind::kTable16) {
+      // The permutation looks at three bits; the fourth chooses the half of the table.
+      const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(w.levels), code);
+      const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(w.levels + kLanes), code);
+      return Select(_mm256_slli_epi32(code, 28), high, low);
+    } else {
+      const __m256i byte = _mm256_and_si256(code, _mm256_set1_epi32(255));
+      if constexpr (kind == LevelKind::kE4M3) return FromE4M3(byte);
+      if constexpr (kind == LevelKind::kAffine8) {
+        return _mm256_cvtepi32_ps(_mm256_add_epi32(byte, _mm256_set1_epi32(w.offset)));
+      }
+      return _mm256_i32gather_ps(w.levels, byte, 4);
+    }
+  }
+
+  // Calls `body` with the kind as a constant; 4-bit levels all go through the table.
+  template <class Body>
+  static void WithKind(const QuantWeights& w, const Body& body) {
+    switch (w.kind) {
+      case LevelKind::kTable16:
+      case LevelKind::kAffine4:
+        return body(std::integral_constant<LevelKind, LevelKind::kTable16>{});
+      case LevelKind::kAffine8:
+        return body(std::integral_constant<LevelKind, LevelKind::kAffine8>{});
+      case LevelKind::kE4M3:
+        return body(std::integral_constant<LevelKind, LevelKind::kE4M3>{});
+      case LevelKind::kTable256:
+        return body(std::integral_constant<LevelKind, LevelKind::kTable256>{});
+    }
+  }
+
+  // Weights of 16 columns at 4 k: use(kk, vector, weights).
+  template <LevelKind kind, class Use>
+  ONNXQ_INLINE static inline void Step(const QuantWeights& w, const uint8_t* codes, int h,
+                                       const __m256 (&scale)[2], const __m256 (&zero)[2],
+                                       const Use& use) {
+    constexpr bool kFour = kind == LevelKind::kTable16;
+    Each<2>([&](auto v) ONNXQ_INLINE {
+      const __m256i four = Load(codes + (kFour ? 0 : h * 64) + v * 32);
+      Each<4>([&](auto kk) ONNXQ_INLINE {
+        const __m256 level = Levels<kind>(w, four, 8 * kk + (kFour ? 4 * h : 0));
+        use(kk, v, _mm256_mul_ps(_mm256_sub_ps(level, zero[v]), scale[v]));
+      });
+    });
+  }
+
+  static void LoadGroup(const QuantWeights& w, int64_t panel, int64_t group, int h,
+                        __m256 (&scale)[2], __m256 (&zero)[2]) {
+    Each<2>([&](auto v) ONNXQ_INLINE {
+      const int64_t at = (panel * w.groups + group) * kPanel + h * kPair + v * kLanes;
+      scale[v] = _mm256_mul_ps(Scales(w.scale_type, w.scales, at), _mm256_set1_ps(w.factor));
+      zero[v] = w.zero_points == nullptr ? _mm256_setzero_ps()
+                                         : _mm256_cvtepi32_ps(LoadI8(w.zero_points + at));
+    });
+  }
+
+  static void UnpackFloats(const QuantWeights& w, int64_t panel, int64_t step, const Piece& piece,
+                           float* out, int64_t width) {
+    WithKind(w, [&](auto kind) {
+      constexpr int64_t kBytes = kind == LevelKind::kTable16 ? 64 : 128;
+      Each<2>([&](auto h) ONNXQ_INLINE {
+        __m256 scale[2];
+        __m256 zero[2];
+        LoadGroup(w, panel, piece.group, h, scale, zero);
+        const uint8_t* codes = w.codes + (panel * w.steps + step) * kBytes;
+        float* to = out + h * kPair;
+        for (int64_t i = 0; i < piece.steps; ++i, codes += kBytes, to += 4 * width) {
+          Step<kind>(w, codes, h, scale, zero, [&](int kk, int v, __m256 weights) {
+            _mm256_store_ps(to + kk * width + v * kLanes, weights);
+          });
+        }
+      });
+    });
+  }
+
+  template <int rows, int panels>
+  ONNXQ_NOINLINE static void FloatRows(const FloatTile& t) {
+    constexpr int64_t kWidth = panels * kPanel;
+    for (int64_t c = 0; c < kWidth; c += kPair) {
+      __m256 acc[rows][2];
+      Each<rows>([&](auto r) ONNXQ_INLINE {
+        acc[r][0] = _mm256_load_ps(t.sums + r * kWidth + c);
+        acc[r][1] = _mm256_load_ps(t.sums + r * kWidth + c + kLanes);
+      });
+      const float* weights = t.weights + c;
+      for (int64_t k = 0; k < t.k; ++k, weights += kWidth) {
+        const __m256 b[2] = {_mm256_load_ps(weights), _mm256_load_ps(weights + kLanes)};
+        Each<rows>([&](auto r) ONNXQ_INLINE {
+          const __m256 a = _mm256_set1_ps(t.x[r * t.x_stride + k]);
+          acc[r][0] = _mm256_fmadd_ps(a, b[0], acc[r][0]);
+          acc[r][1] = _mm256_fmadd_ps(a, b[1], acc[r][1]);
+        });
+      }
+      Each<rows>([&](auto r) ONNXQ_INLINE {
+        _mm256_store_ps(t.sums + r * kWidth + c, acc[r][0]);
+        _mm256_store_ps(t.sums + r * kWidth + c + kLanes, acc[r][1]);
+      });
+    }
+  }
+
+  ONNXQ_NOINLINE static void FloatPanels(const QuantProduct& p, int64_t panel, int64_t count,
+                                         float* sums) {
+    const QuantWeights& w = *p.weights;
+    WithKind(w, [&](auto kind) {
+      constexpr int64_t kBytes = kind == LevelKind::kTable16 ? 64 : 128;
+      for (int64_t i = 0; i < count; ++i) {
+        __m256 acc[2][2];
+        for (auto& half : acc) half[0] = half[1] = _mm256_setzero_ps();
+        for (int64_t g = 0; g < w.groups; ++g) {
+          __m256 scale[2][2];
+          __m256 zero[2][2];
+          LoadGroup(w, panel + i, g, 0, scale[0], zero[0]);
+          LoadGroup(w, panel + i, g, 1, scale[1], zero[1]);
+          const int64_t end = std::min((g + 1) * w.group_steps, w.steps);
+          for (int64_t step = g * w.group_steps; step < end; ++step) {
+            const uint8_t* codes = w.codes + ((panel + i) * w.steps + step) * kBytes;
+            const float* x = p.x + 4 * step;
+            const int left = static_cast<int>(std::min<int64_t>(4, w.k - 4 * step));
+            Each<2>([&](auto h) ONNXQ_INLINE {
+              Step<kind>(w, codes, h, scale[h], zero[h], [&](int kk, int v, __m256 weights) {
+                if (kk >= left) return;
+                acc[h][v] = _mm256_fmadd_ps(_mm256_set1_ps(x[kk]), weights, acc[h][v]);
+              });
+            });
+          }
+        }
+        Each<4>([&](auto v) ONNXQ_INLINE {
+          _mm256_store_ps(sums + i * kPanel + v * kLanes, acc[v / 2][v % 2]);
+        });
+      }
+    });
+  }
+
+  static void WriteRow(const float* sums, const float* scale, const float* bias, int64_t bias_step,
+                       int64_t count, float* y) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+      __m256 v = _mm256_load_ps(sums + i);
+      if (scale != nullptr) v = _mm256_mul_ps(v, _mm256_set1_ps(*scale));
+      v = _mm256_add_ps(v, bias_step == 0 ? _mm256_set1_ps(*bias) : _mm256_loadu_ps(bias + i));
+      _mm256_storeu_ps(y + i, v);
+    }
+    for (; i < count; ++i) {
+      y[i] = (scale == nullptr ? sums[i] : sums[i] * *scale) + bias[i * bias_step];
+    }
+  }
+
+  static void WriteRow(const float* sums, const float* scale, const float* bias, int64_t bias_step,
+                       int64_t count, uint16_t* y) {
+    alignas(32) float full[2 * kPanel];
+    WriteRow(sums, scale, bias, bias_step, count, full);
+    for (int64_t i = 0; i < count; ++i) y[i] = ToHalf(full[i]);
+  }
+};
+
+}  // namespace
+
+const QuantMatMulKernels kQuantMatMulAvx2 = KernelsOf<Avx2>();
+
+}  // namespace onnxq

@@ -1,0 +1,448 @@
+// AVX-512 with VNNI: vectors of 16 columns; four k of a column are one 32-bit lane.
+#include <immintrin.h>
+
+#include "quant_mat_mul_driver.h"
+
+namespace onnxq {
+namespace {
+
+constexpr int64_t kLanes = 16;
+
+// acc += four products of unsigned a and signed b in each lane. The assembly works on a local: with
+// an array's element as its operand the array would stay in memory. (gcc 12 copies the accumulators
+// of _mm512_dpbusd_epi32 in unrolled loops.)
+ONNXQ_INLINE inline void Dot(__m512i* acc, __m512i a, __m512i b) {
+  __m512i sum = *acc;
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  *acc = sum;
+}
+
+ONNXQ_INLINE inline __m512i Broadcast4(const int8_t* q) {
+  int32_t four;
+  std::memcpy(&four, q, sizeof four);
+  return _mm512_set1_epi32(four);
+}
+
+ONNXQ_INLINE inline __m512 FromE4M3(__m512i code) {
+  const __m512i magnitude = _mm512_and_si512(code, _mm512_set1_epi32(0x7f));
+  const __m512i bits = _mm512_slli_epi32(magnitude, 20);
+  const __m512 normal = _mm512_castsi512_ps(_mm512_add_epi32(bits, _mm512_set1_epi32(120 << 23)));
+  // (1 + M / 8) * 2^-6 - 2^-6, without a subnormal on the way.
+  const __m512 subnormal =
+      _mm512_sub_ps(_mm512_castsi512_ps(_mm512_add_epi32(bits, _mm512_set1_epi32(121 << 23))),
+                    _mm512_set1_ps(0x1p-6F));
+  __m512 value = _mm512_mask_blend_ps(_mm512_cmplt_epi32_mask(magnitude, _mm512_set1_epi32(8)),
+                                      normal, subnormal);
+  value = _mm512_mask_blend_ps(_mm512_cmpeq_epi32_mask(magnitude, _mm512_set1_epi32(0x7f)), value,
+                               _mm512_set1_ps(std::numeric_limits<float>::quiet_NaN()));
+  const __m512i sign = _mm512_slli_epi32(_mm512_and_si512(code, _mm512_set1_epi32(0x80)), 24);
+  return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(value), sign));
+}
+
+ONNXQ_INLINE inline __m512 FromE8M0(__m512i code) {
+  __m512i bits = _mm512_slli_epi32(code, 23);
+  bits =
+      _mm512_mask_mov_epi32(bits, _mm512_testn_epi32_mask(code, code), _mm512_set1_epi32(1 << 22));
+  bits = _mm512_mask_mov_epi32(bits, _mm512_cmpeq_epi32_mask(code, _mm512_set1_epi32(255)),
+                               _mm512_set1_epi32(0x7fc00000));
+  return _mm512_castsi512_ps(bits);
+}
+
+ONNXQ_INLINE inline __m512i Load16Bytes(const void* at) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(at)));
+}
+ONNXQ_INLINE inline __m256i Load16Halves(const void* at) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(at));
+}
+
+// Sixteen scales from element `at` on.
+ONNXQ_INLINE inline __m512 Scales(ScaleType type, const void* scales, int64_t at) {
+  switch (type) {
+    case ScaleType::kFloat32:
+      return _mm512_loadu_ps(static_cast<const float*>(scales) + at);
+    case ScaleType::kFloat16:
+      return _mm512_cvtph_ps(Load16Halves(static_cast<const uint16_t*>(scales) + at));
+    case ScaleType::kBfloat16:
+      return _mm512_castsi512_ps(_mm512_slli_epi32(
+          _mm512_cvtepu16_epi32(Load16Halves(static_cast<const uint16_t*>(scales) + at)), 16));
+    case ScaleType::kE4M3:
+      return FromE4M3(Load16Bytes(static_cast<const uint8_t*>(scales) + at));
+    case ScaleType::kE8M0:
+      return FromE8M0(Load16Bytes(static_cast<const uint8_t*>(scales) + at));
+  }
+  return _mm512_setzero_ps();
+}
+
+ONNXQ_NOINLINE void ConvertScales(ScaleType type, const void* scales, int64_t at, int64_t count,
+                                  float* out) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    _mm512_storeu_ps(out + i, Scales(type, scales, at + i));
+  }
+}
+
+// Codes of the columns 16 h to 16 h + 15, as unsigned levels less the offset.
+template <LevelKind kind>
+ONNXQ_INLINE inline void LoadStep(const uint8_t* codes, __m512i table, __m512i (&out)[2]) {
+  if constexpr (kind == LevelKind::kAffine8) {
+    out[0] = _mm512_loadu_si512(codes);
+    out[1] = _mm512_loadu_si512(codes + 64);
+  } else {
+    const __m512i nibble = _mm512_set1_epi8(15);
+    const __m512i both = _mm512_loadu_si512(codes);
+    out[0] = _mm512_and_si512(both, nibble);
+    out[1] = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
+    if constexpr (kind == LevelKind::kTable16) {
+      out[0] = _mm512_shuffle_epi8(table, out[0]);
+      out[1] = _mm512_shuffle_epi8(table, out[1]);
+    }
+  }
+}
+
+ONNXQ_INLINE inline __m512i Table(const QuantWeights& w) {
+  return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.bytes)));
+}
+
+// Sixteen zero points from element `at` on, as offset - zero point.
+ONNXQ_INLINE inline __m512i Zeros(const QuantWeights& w, int64_t at) {
+  const __m512i zero =
+      _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.zero_points + at)));
+  return _mm512_sub_epi32(_mm512_set1_epi32(w.offset), zero);
+}
+
+struct Avx512vnni {
+  static constexpr int64_t kTileRows = 6;  // 24 sums, 4 weights, 1 activation: 29 of 32 registers
+  static constexpr int kPanelRows = kSmallRows;
+
+  static void UnpackBytes(const QuantWeights& w, const uint8_t* codes, int64_t steps,
+                          uint8_t* out) {
+    const __m512i table = Table(w);
+    for (int64_t i = 0; i < steps; ++i, codes += 64, out += 128) {
+      __m512i bytes[2];
+      if (w.kind == LevelKind::kTable16) {
+        LoadStep<LevelKind::kTable16>(codes, table, bytes);
+      } else {
+        LoadStep<LevelKind::kAffine4>(codes, table, bytes);
+      }
+      _mm512_store_si512(out, bytes[0]);
+      _mm512_store_si512(out + 64, bytes[1]);
+    }
+  }
+
+  static void LoadScales(ScaleType type, const void* scales, float* out) {
+    _mm512_store_ps(out, Scales(type, scales, 0));
+    _mm512_store_ps(out + kLanes, Scales(type, scales, kLanes));
+  }
+
+  template <int rows, int panels>
+  ONNXQ_NOINLINE static void Int8Rows(const Int8Tile& t) {
+    constexpr int kVectors = 2 * panels;
+    constexpr int64_t kWidth = panels * kPanel;
+    const int8_t* q = t.q;
+    const uint8_t* panel[2] = {t.panels[0], t.panels[panels - 1]};
+    for (int64_t piece = 0; piece < t.piece_count; ++piece) {
+      const Piece& now = t.pieces[piece];
+      __m512i acc[rows][kVectors];
+      Each<rows>([&](auto r) ONNXQ_INLINE {
+        const __m512i start = _mm512_set1_epi32(t.starts[r * t.groups + now.group]);
+        Each<kVectors>([&](auto v) ONNXQ_INLINE {
+          if (!now.first) {
+            acc[r][v] = _mm512_load_si512(t.group + r * kWidth + v * kLanes);
+          } else if (t.zeros != nullptr) {
+            acc[r][v] =
+                _mm512_mullo_epi32(start, _mm512_load_si512(t.zeros + piece * kWidth + v * kLanes));
+          } else {
+            acc[r][v] = start;
+          }
+        });
+      });
+      for (int64_t i = 0; i < now.steps; ++i, q += 4) {
+        __m512i b[kVectors];
+        Each<kVectors>([&](auto v)
+                           ONNXQ_INLINE { b[v] = _mm512_loadu_si512(panel[v / 2] + v % 2 * 64); });
+        Each<rows>([&](auto r) ONNXQ_INLINE {
+          const __m512i a = Broadcast4(q + r * t.q_stride);
+          Each<kVectors>([&](auto v) ONNXQ_INLINE { Dot(&acc[r][v], b[v], a); });
+        });
+        panel[0] += 128;
+        panel[1] += 128;
+      }
+      Each<rows>([&](auto r) ONNXQ_INLINE {
+        Each<kVectors>([&](auto v) ONNXQ_INLINE {
+          const int64_t at = r * kWidth + v * kLanes;
+          if (now.last) {
+            const __m512 scale = _mm512_load_ps(t.scales + piece * kWidth + v * kLanes);
+            _mm512_store_ps(t.sums + at, _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[r][v]), scale,
+                                                         _mm512_load_ps(t.sums + at)));
+          } else {
+            _mm512_store_si512(t.group + at, acc[r][v]);
+          }
+        });
+      });
+    }
+  }
+
+  template <int rows, LevelKind kind>
+  ONNXQ_NOINLINE static void Int8Panel(const QuantProduct& p, int64_t panel, float* sums) {
+    const QuantWeights& w = *p.weights;
+    constexpr int64_t kBytes = kind == LevelKind::kAffine8 ? 128 : 64;
+    const uint8_t* codes = w.codes + panel * w.steps * kBytes;
+    const __m512i table = Table(w);
+    const int8_t* q = p.q;
+    const int64_t first = panel * w.groups;
+    // Scales are converted some groups ahead: a conversion between the sums would push them out of
+    // their registers.
+    constexpr int64_t kAhead = 16;
+    constexpr int64_t kPrefetch = 2048;  // bytes; the hardware alone falls behind with many rows
+    alignas(64) float scales[kAhead * kPanel];
+    __m512 sum[rows][2];
+    Each<rows>([&](auto r) ONNXQ_INLINE { sum[r][0] = sum[r][1] = _mm512_setzero_ps(); });
+    int64_t left = w.steps;
+    for (int64_t g = 0; g < w.groups; ++g) {
+      if (g % kAhead == 0) {
+        const int64_t count = std::min(kAhead, w.groups - g);
+        ConvertScales(w.scale_type, w.scales, (first + g) * kPanel, count * kPanel, scales);
+      }
+      const int64_t steps = std::min(w.group_steps, left);
+      left -= steps;
+      __m512i acc[rows][2];
+      Each<rows>([&](auto r) ONNXQ_INLINE {
+        const __m512i start = _mm512_set1_epi32(p.starts[r * w.groups + g]);
+        Each<2>([&](auto v) ONNXQ_INLINE {
+          acc[r][v] = w.zero_points == nullptr
+                          ? start
+                          : _mm512_mullo_epi32(start, Zeros(w, (first + g) * kPanel + v * kLanes));
+        });
+      });
+      for (int64_t i = 0; i < steps; ++i, q += 4, codes += kBytes) {
+        __m512i b[2];
+        LoadStep<kind>(codes, table, b);
+        _mm_prefetch(reinterpret_cast<const char*>(codes + kPrefetch), _MM_HINT_T0);
+        if constexpr (kBytes == 128) {
+          _mm_prefetch(reinterpret_cast<const char*>(codes + kPrefetch + 64), _MM_HINT_T0);
+        }
+        Each<rows>([&](auto r) ONNXQ_INLINE {
+          const __m512i a = Broadcast4(q + r * p.q_stride);
+          Each<2>([&](auto v) ONNXQ_INLINE { Dot(&acc[r][v], b[v], a); });
+        });
+      }
+      Each<2>([&](auto v) ONNXQ_INLINE {
+        const __m512 scale = _mm512_load_ps(scales + g % kAhead * kPanel + v * kLanes);
+        Each<rows>([&](auto r) ONNXQ_INLINE {
+          sum[r][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[r][v]), scale, sum[r][v]);
+        });
+      });
+    }
+    Each<rows>([&](auto r) ONNXQ_INLINE {
+      _mm512_store_ps(sums + r * kPanel, sum[r][0]);
+      _mm512_store_ps(sums + r * kPanel + kLanes, sum[r][1]);
+    });
+  }
+
+  // Levels of 16 columns at k = 4 * step + kk; `codes` holds the four k of each.
+  template <LevelKind kind>
+  ONNXQ_INLINE static inline __m512 Levels(const QuantWeights& w, __m512 table, __m512i codes,
+                                           int shift) {
+    const __m512i code = _mm512_srl_epi32(codes, _mm_cvtsi32_si128(shift));
+    if constexpr (kind == LevelKind::kTable16) {
+      return _mm512_permutexvar_ps(code, table);  // looks at four bits only
+    } else {
+      const __m512i byte = _mm512_and_si512(code, _mm512_set1_epi32(255));
+      if constexpr (kind == LevelKind::kE4M3) return FromE4M3(byte);
+      if constexpr (kind == LevelKind::kAffine8) {
+        return _mm512_cvtepi32_ps(_mm512_add_epi32(byte, _mm512_set1_epi32(w.offset)));
+      }
+      return _mm512_i32gather_ps(byte, w.levels, 4);
+    }
+  }
+
+  // Weights of the 32 columns of a panel at the four k of a step, from scale and zero point.
+  template <LevelKind kind, class Use>
+  ONNXQ_INLINE static inline void Step(const QuantWeights& w, __m512 table, const uint8_t* codes,
+                                       const __m512 (&scale)[2], const __m512 (&zero)[2],
+                                       bool has_zeros, const Use& use) {
+    constexpr bool kFour = kind == LevelKind::kTable16;
+    const __m512i low = _mm512_loadu_si512(codes);
+    const __m512i high = kFour ? low : _mm512_loadu_si512(codes + 64);
+    Each<4>([&](auto kk) ONNXQ_INLINE {
+      __m512 level[2] = {Levels<kind>(w, table, low, 8 * kk),
+                         Levels<kind>(w, table, high, 8 * kk + (kFour ? 4 : 0))};
+      if (has_zeros) {
+        level[0] = _mm512_sub_ps(level[0], zero[0]);
+        level[1] = _mm512_sub_ps(level[1], zero[1]);
+      }
+      use(kk, _mm512_mul_ps(level[0], scale[0]), _mm512_mul_ps(level[1], scale[1]));
+    });
+  }
+
+  static void LoadGroup(const QuantWeights& w, int64_t panel, int64_t group, __m512 (&scale)[2],
+                        __m512 (&zero)[2]) {
+    const int64_t at = (panel * w.groups + group) * kPanel;
+    const __m512 factor = _mm512_set1_ps(w.factor);
+    Each<2>([&](auto v) ONNXQ_INLINE {
+      scale[v] = _mm512_mul_ps(Scales(w.scale_type, w.scales, at + v * kLanes), factor);
+      zero[v] = _mm512_setzero_ps();
+      if (w.zero_points != nullptr) {
+        zero[v] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(
+            _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.zero_points + at + v * kLanes))));
+      }
+    });
+  }
+
+  // Calls `body` with the kind as a constant; 4-bit levels all go through the table.
+  template <class Body>
+  static void WithKind(const QuantWeights& w, const Body& body) {
+    switch (w.kind) {
+      case LevelKind::kTable16:
+      case LevelKind::kAffine4:
+        return body(std::integral_constant<LevelKind, LevelKind::kTable16>{});
+      case LevelKind::kAffine8:
+        return body(std::integral_constant<LevelKind, LevelKind::kAffine8>{});
+      case LevelKind::kE4M3:
+        return body(std::integral_constant<LevelKind, LevelKind::kE4M3>{});
+      case LevelKind::kTable256:
+        return body(std::integral_constant<LevelKind, LevelKind::kTable256>{});
+    }
+  }
+
+  static void UnpackFloats(const QuantWeights& w, int64_t panel, int64_t step, const Piece& piece,
+                           float* out, int64_t width) {
+    __m512 scale[2];
+    __m512 zero[2];
+    LoadGroup(w, panel, piece.group, scale, zero);
+    const __m512 table = _mm512_loadu_ps(w.levels);
+    const bool has_zeros = w.zero_points != nullptr;
+    WithKind(w, [&](auto kind) {
+      constexpr int64_t kBytes = kind == LevelKind::kTable16 ? 64 : 128;
+      const uint8_t* codes = w.codes + (panel * w.steps + step) * kBytes;
+      float* to = out;
+      for (int64_t i = 0; i < piece.steps; ++i, codes += kBytes, to += 4 * width) {
+        Step<kind>(w, table, codes, scale, zero, has_zeros, [&](int kk, __m512 a, __m512 b) {
+          _mm512_store_ps(to + kk * width, a);
+          _mm512_store_ps(to + kk * width + kLanes, b);
+        });
+      }
+    });
+  }
+
+  template <int rows, int panels>
+  ONNXQ_NOINLINE static void FloatRows(const FloatTile& t) {
+    constexpr int kVectors = 2 * panels;
+    constexpr int64_t kWidth = panels * kPanel;
+    __m512 acc[rows][kVectors];
+    Each<rows>([&](auto r) ONNXQ_INLINE {
+      Each<kVectors>([&](auto v) ONNXQ_INLINE {
+        acc[r][v] = _mm512_load_ps(t.sums + r * kWidth + v * kLanes);
+      });
+    });
+    const float* weights = t.weights;
+    for (int64_t k = 0; k < t.k; ++k, weights += kWidth) {
+      __m512 b[kVectors];
+      Each<kVectors>([&](auto v) ONNXQ_INLINE { b[v] = _mm512_load_ps(weights + v * kLanes); });
+      Each<rows>([&](auto r) ONNXQ_INLINE {
+        const __m512 a = _mm512_set1_ps(t.x[r * t.x_stride + k]);
+        Each<kVectors>([&](auto v)
+                           ONNXQ_INLINE { acc[r][v] = _mm512_fmadd_ps(a, b[v], acc[r][v]); });
+      });
+    }
+    Each<rows>([&](auto r) ONNXQ_INLINE {
+      Each<kVectors>([&](auto v) ONNXQ_INLINE {
+        _mm512_store_ps(t.sums + r * kWidth + v * kLanes, acc[r][v]);
+      });
+    });
+  }
+
+  // One row, one or two panels side by side: twice as many sums that do not wait for each other.
+  ONNXQ_NOINLINE static void FloatPanels(const QuantProduct& p, int64_t panel, int64_t count,
+                                         float* sums) {
+    const QuantWeights& w = *p.weights;
+    const __m512 table = _mm512_loadu_ps(w.levels);
+    const bool has_zeros = w.zero_points != nullptr;
+    WithKind(w, [&](auto kind) {
+      constexpr int64_t kBytes = kind == LevelKind::kTable16 ? 64 : 128;
+      __m512 acc[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(),
+                       _mm512_setzero_ps()};
+      const uint8_t* codes[2] = {w.codes + panel * w.steps * kBytes,
+                                 w.codes + (panel + count - 1) * w.steps * kBytes};
+      for (int64_t g = 0; g < w.groups; ++g) {
+        __m512 scale[2][2];
+        __m512 zero[2][2];
+        LoadGroup(w, panel, g, scale[0], zero[0]);
+        LoadGroup(w, panel + count - 1, g, scale[1], zero[1]);
+        const int64_t end = std::min(4 * (g + 1) * w.group_steps, w.k);
+        int64_t k = 4 * g * w.group_steps;
+        const auto step = [&](const float* x) {
+          Step<kind>(w, table, codes[0], scale[0], zero[0], has_zeros,
+                     [&](int kk, __m512 a, __m512 b) {
+                       const __m512 now = _mm512_set1_ps(x[kk]);
+                       acc[0] = _mm512_fmadd_ps(now, a, acc[0]);
+                       acc[1] = _mm512_fmadd_ps(now, b, acc[1]);
+                     });
+          codes[0] += kBytes;
+          if (count == 1) return;
+          Step<kind>(w, table, codes[1], scale[1], zero[1], has_zeros,
+                     [&](int kk, __m512 a, __m512 b) {
+                       const __m512 now = _mm512_set1_ps(x[kk]);
+                       acc[2] = _mm512_fmadd_ps(now, a, acc[2]);
+                       acc[3] = _mm512_fmadd_ps(now, b, acc[3]);
+                     });
+          codes[1] += kBytes;
+        };
+        for (; k + 4 <= end; k += 4) step(p.x + k);
+        if (k < end) Tail<kind>(p, table, k, end, codes, scale, zero, count, acc);
+      }
+      for (int64_t v = 0; v < 2 * count; ++v) _mm512_store_ps(sums + v * kLanes, acc[v]);
+    });
+  }
+
+  // The last one to three k, which fill no step.
+  template <LevelKind kind>
+  static void Tail(const QuantProduct& p, __m512 table, int64_t k, int64_t end,
+                   const uint8_t* const (&codes)[2], const __m512 (&scale)[2][2],
+                   const __m512 (&zero)[2][2], int64_t count, __m512 (&acc)[4]) {
+    for (int64_t i = 0; i < count; ++i) {
+      Step<kind>(*p.weights, table, codes[i], scale[i], zero[i], true,
+                 [&](int kk, __m512 a, __m512 b) {
+                   if (k + kk >= end) return;
+                   const __m512 now = _mm512_set1_ps(p.x[k + kk]);
+                   acc[2 * i] = _mm512_fmadd_ps(now, a, acc[2 * i]);
+                   acc[2 * i + 1] = _mm512_fmadd_ps(now, b, acc[2 * i + 1]);
+                 });
+    }
+  }
+
+  static __m512 Finish(const float* sums, const float* scale, const float* bias, int64_t bias_step,
+                       int64_t i, __mmask16 mask) {
+    __m512 y = _mm512_load_ps(sums + i);
+    if (scale != nullptr) y = _mm512_mul_ps(y, _mm512_set1_ps(*scale));
+    return _mm512_add_ps(
+        y, bias_step == 0 ? _mm512_set1_ps(*bias) : _mm512_maskz_loadu_ps(mask, bias + i));
+  }
+
+  static __mmask16 Remaining(int64_t left) {
+    return left >= kLanes ? __mmask16{0xffff} : static_cast<__mmask16>((1U << left) - 1U);
+  }
+
+  static void WriteRow(const float* sums, const float* scale, const float* bias, int64_t bias_step,
+                       int64_t count, float* y) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const __mmask16 mask = Remaining(count - i);
+      _mm512_mask_storeu_ps(y + i, mask, Finish(sums, scale, bias, bias_step, i, mask));
+    }
+  }
+
+  static void WriteRow(const float* sums, const float* scale, const float* bias, int64_t bias_step,
+                       int64_t count, uint16_t* y) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const __mmask16 mask = Remaining(count - i);
+      _mm256_mask_storeu_epi16(y + i, mask,
+                               _mm512_cvtps_ph(Finish(sums, scale, bias, bias_step, i, mask),
+                                               _MM_FROUND_TO_NEAREST_INT));
+    }
+  }
+};
+
+}  // namespace
+
+const QuantMatMulKernels kQuantMatMulAvx512vnni = KernelsOf<Avx512vnni>();
+
+}  // namespace onnxq

@@ -1,0 +1,106 @@
+// The reference: one element at a time, in the order of the definition, on any CPU.
+#include <algorithm>
+
+#include "quant_mat_mul.h"
+#include "quant_mat_mul_numbers.h"
+
+namespace onnxq {
+namespace {
+
+uint8_t CodeAt(const QuantWeights& w, int64_t column, int64_t k) {
+  const int64_t bytes = w.code_bytes();
+  const uint8_t* step = w.codes + (column / kPanel * w.steps + k / 4) * bytes;
+  const int64_t c = column % kPanel;
+  const int64_t per_field = bytes / 4;  // columns that one field of the bytes holds
+  const uint8_t byte = step[c % per_field * 4 + k % 4];
+  if (bytes == 128) return byte;
+  return c < per_field ? byte & 15U : static_cast<uint8_t>(byte >> 4);
+}
+
+int64_t GroupIndex(const QuantWeights& w, int64_t column, int64_t group) {
+  return (column / kPanel * w.groups + group) * kPanel + column % kPanel;
+}
+
+int32_t IntegerLevel(const QuantWeights& w, uint8_t code) {
+  return w.offset + (w.kind == LevelKind::kTable16 ? w.bytes[code] : code);
+}
+
+float FloatLevel(const QuantWeights& w, uint8_t code) {
+  switch (w.kind) {
+    case LevelKind::kTable16:
+    case LevelKind::kTable256:
+      return w.levels[code];
+    case LevelKind::kAffine4:
+    case LevelKind::kAffine8:
+      return static_cast<float>(code + w.offset);
+    case LevelKind::kE4M3:
+      return FromE4M3(code);
+  }
+  return 0;
+}
+
+void GroupSums(const int8_t* q, const QuantWeights& w, int32_t multiplier, int32_t* out) {
+  for (int64_t g = 0; g < w.groups; ++g) {
+    const int64_t end = 4 * std::min((g + 1) * w.group_steps, w.steps);
+    int32_t sum = 0;
+    for (int64_t k = 4 * g * w.group_steps; k < end; ++k) sum += q[k];
+    out[g] = multiplier * sum;
+  }
+}
+
+float Int8Dot(const QuantProduct& p, int64_t row, int64_t column) {
+  const QuantWeights& w = *p.weights;
+  const int8_t* q = p.q + row * p.q_stride;
+  float sum = 0;
+  for (int64_t g = 0; g < w.groups; ++g) {
+    const int64_t end = std::min(4 * (g + 1) * w.group_steps, w.k);
+    const int64_t at = GroupIndex(w, column, g);
+    const int32_t zero = w.zero_points == nullptr ? 0 : w.zero_points[at];
+    int32_t dot = 0;
+    for (int64_t k = 4 * g * w.group_steps; k < end; ++k) {
+      dot += q[k] * (IntegerLevel(w, CodeAt(w, column, k)) - zero);
+    }
+    sum = std::fma(static_cast<float>(dot), ScaleAt(w.scale_type, w.scales, at), sum);
+  }
+  return sum * p.row_scale[row];
+}
+
+float FloatDot(const QuantProduct& p, int64_t row, int64_t column) {
+  const QuantWeights& w = *p.weights;
+  float sum = 0;
+  for (int64_t k = 0; k < w.k; ++k) {
+    const int64_t at = GroupIndex(w, column, k / (4 * w.group_steps));
+    float level = FloatLevel(w, CodeAt(w, column, k));
+    if (w.zero_points != nullptr) level -= static_cast<float>(w.zero_points[at]);
+    const float weight = level * (ScaleAt(w.scale_type, w.scales, at) * w.factor);
+    sum = std::fma(p.x[row * w.k + k], weight, sum);
+  }
+  return sum;
+}
+
+template <float (*dot)(const QuantProduct&, int64_t, int64_t)>
+void Block(const QuantProduct& p, int64_t first, int64_t last, int64_t row, int64_t rows) {
+  const int64_t n = p.weights->n;
+  for (int64_t m = row; m < row + rows; ++m) {
+    for (int64_t c = first * kPanel; c < std::min(last * kPanel, n); ++c) {
+      const float y = dot(p, m, c) + p.bias.values[c * p.bias.step];
+      if (p.y_half) {
+        static_cast<uint16_t*>(p.y)[m * n + c] = ToHalf(y);
+      } else {
+        static_cast<float*>(p.y)[m * n + c] = y;
+      }
+    }
+  }
+}
+
+template <float (*dot)(const QuantProduct&, int64_t, int64_t)>
+void Small(const QuantProduct& p, int64_t first, int64_t last) {
+  Block<dot>(p, first, last, 0, p.m);
+}
+
+}  // namespace
+
+const QuantMatMulKernels kQuantMatMulScalar = {GroupSums, Small<Int8Dot>, Small<FloatDot>,
+                                               Block<Int8Dot>, Block<FloatDot>};
+
+}  // namespace onnxq

@@ -1,0 +1,299 @@
+"""Matrix product with packed, quantized weights; activations float or INT8 a token.
+
+Two definitions stand side by side. The *value* is what the body computes: dequantize, multiply.
+Floats are not associative, so the body agrees with it within the budget ``ERROR_BUDGET``. The
+*kernels* fix the order of every operation, and `reference` does the same in numpy, so that all
+instruction sets and the reference agree to the last bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+
+from onnxq.custom_ops.defs import dynamic_quantize_per_token as per_token
+from onnxq.custom_ops.layout import unpack_codes, unpack_groups
+from onnxq.custom_ops.registry import DOMAIN, Attribute, Operator
+
+Array = np.ndarray[Any, Any]
+
+ERROR_BUDGET = 2.0**-23
+"""|y - exact| <= budget * (4 + sqrt(K)) * sum |x w|, plus half a step of the output's type."""
+
+_DOC = """\
+Multiplies activations by packed, quantized weights and adds a bias.
+
+`x: [..., K]` f32 or f16 → `y: [..., N]` of the same type:
+
+```
+y      = x · W + bias
+W[k,n] = (levels[code[k,n]] - zero_points[k // group, n]) · scales[k // group, n] · factor
+```
+
+`levels` gives the format: -8 to 7 for INT4, -128 to 127 for INT8, the 16 numbers of E2M1 or NF4,
+the 256 of E4M3, any codebook. Codes, scales and zero points lie in layout 1
+(`custom_ops/layout.py`): panels of 32 columns, `P = ceil(N / 32)`, steps of four k,
+`J = ceil(K / 4)`, groups `G = ceil(K / group)`; the last group may be shorter.
+
+With `int8_activations = 1` each row of x is first quantized as DynamicQuantizePerToken does it,
+`x ≈ s · q`, and groups are summed in integers. Levels must then be integers, at most 255 apart
+(for E2M1 twice its numbers, with `factor` 0.5).
+
+Kernels compute, in float32 and in this order, the same bits on every instruction set:
+
+```
+int8_activations 1:  t = fma(sum over the group of q · (level - zero), scale, t)   group after group
+                     y = t · (s · factor) + bias
+int8_activations 0:  t = fma(x, (level - zero) · (scale · factor), t)              k after k
+                     y = t + bias
+```
+
+f16 results are rounded once, at the end. The body agrees with them within
+|y - exact| <= 2^-23 · (4 + √K) · Σ|x·W|, plus half a step of f16 where that is the type.
+
+- A row with a NaN or an infinity in x is NaN, or what float arithmetic makes of it without
+  `int8_activations`; other rows are not touched by it.
+- Errors: another layout, `bits` other than 4 and 8, a group that is no multiple of 4 or below 16
+  (unless it spans K), with integer activations above 65536; shapes that do not fit; levels other
+  than those; a NaN or infinite scale, where scales are constants of the model.
+"""
+
+_E8M0_BIAS = 127
+_FLOAT = onnx.TensorProto.FLOAT
+_UINT8 = onnx.TensorProto.UINT8
+_INT64 = onnx.TensorProto.INT64
+_BOOL = onnx.TensorProto.BOOL
+_E8M0_NAN = 255
+
+
+def powers_of_two() -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The number of each E8M0 code, ``[256]`` float32."""
+    powers = np.ldexp(1.0, np.arange(256) - _E8M0_BIAS)
+    powers[_E8M0_NAN] = np.nan
+    return powers.astype(np.float32)
+
+
+def _build_function() -> onnx.FunctionProto:
+    from onnxscript import opset21 as op
+    from onnxscript import script
+    from onnxscript.values import Opset
+
+    domain = Opset(DOMAIN, 1)
+    powers = onnx.numpy_helper.from_array(powers_of_two(), "powers")
+
+    @script(domain, default_opset=op)
+    def QuantMatMul(
+        x,
+        codes,
+        scales,
+        zero_points,
+        levels,
+        bias,
+        K: int,
+        N: int,
+        group: int,
+        bits: int,
+        int8_activations: int,
+        exponent_scales: int,
+        factor: float,
+        layout: int,  # noqa: ARG001
+    ):
+        zero = op.Constant(value_ints=[0])
+        one = op.Constant(value_ints=[1])
+        k = op.Reshape(op.Constant(value_int=K), one)
+        n = op.Reshape(op.Constant(value_int=N), one)
+        group_size = op.Reshape(op.Constant(value_int=group), one)
+
+        # [P, J, bytes] -> [P, J, 32, 4]: the fields of a byte hold columns that lie w apart.
+        width = op.Constant(value_int=bits)
+        shifts = op.Range(op.Constant(value_int=0), op.Constant(value_int=8), width)
+        fields = op.Cast(op.Unsqueeze(shifts, op.Constant(value_ints=[1])), to=_UINT8)
+        mask = op.Cast(
+            op.Sub(
+                op.Cast(op.Pow(op.Constant(value_float=2.0), op.Cast(width, to=_FLOAT)), to=_INT64),
+                op.Constant(value_int=1),
+            ),
+            to=_UINT8,
+        )
+        split = op.BitShift(
+            op.Unsqueeze(codes, op.Constant(value_ints=[2])), fields, direction="RIGHT"
+        )
+        code = op.Cast(op.BitwiseAnd(split, mask), to=_INT64)
+        panels = op.Shape(codes, start=0, end=1)
+        steps = op.Shape(codes, start=1, end=2)
+        lanes = op.Concat(panels, steps, op.Constant(value_ints=[32, 4]), axis=0)
+        level = op.Gather(levels, op.Reshape(code, lanes))
+        # [J, 4, P, 32] -> [4 J, 32 P]
+        wide = op.Reshape(
+            op.Transpose(level, perm=[1, 3, 0, 2]),
+            op.Concat(
+                op.Mul(steps, op.Constant(value_ints=[4])),
+                op.Mul(panels, op.Constant(value_ints=[32])),
+                axis=0,
+            ),
+        )
+        first_two = op.Constant(value_ints=[0, 1])
+        corner = op.Concat(k, n, axis=0)
+        level_kn = op.Slice(wide, op.Constant(value_ints=[0, 0]), corner, first_two)
+
+        # Scales as numbers or, from uint8, as exponents.
+        number = op.Cast(scales, to=_FLOAT)
+        exponent = op.Clip(
+            op.Cast(number, to=_INT64), op.Constant(value_int=0), op.Constant(value_int=255)
+        )
+        is_exponent = op.Cast(op.Constant(value_int=exponent_scales), to=_BOOL)
+        power = op.Gather(op.Constant(value=powers), exponent)
+        scale = op.Where(is_exponent, power, number)
+        # [P, G, 32] -> [K, N]: a row for each k.
+        row = op.Div(
+            op.Range(op.Constant(value_int=0), op.Constant(value_int=K), op.Constant(value_int=1)),
+            group_size,
+        )
+        minus_one = op.Constant(value_ints=[-1])
+        groups = op.Shape(scales, start=1, end=2)
+        by_group = op.Concat(groups, minus_one, axis=0)
+        scale_gn = op.Reshape(op.Transpose(scale, perm=[1, 0, 2]), by_group)
+        scale_kn = op.Gather(op.Slice(scale_gn, zero, n, one), row)
+        zero_wide = op.Expand(op.Cast(zero_points, to=_FLOAT), op.Shape(scales))
+        zero_gn = op.Reshape(op.Transpose(zero_wide, perm=[1, 0, 2]), by_group)
+        zero_kn = op.Gather(op.Slice(zero_gn, zero, n, one), row)
+        weight = op.Mul(
+            op.Sub(level_kn, zero_kn), op.Mul(scale_kn, op.Constant(value_float=factor))
+        )
+
+        x32 = op.Cast(x, to=_FLOAT)
+        q, s = domain.DynamicQuantizePerToken(x32)
+        is_integer = op.Cast(op.Constant(value_int=int8_activations), to=_BOOL)
+        left = op.Where(is_integer, op.Cast(q, to=_FLOAT), x32)
+        row_scale = op.Where(is_integer, s, op.Constant(value_float=1.0))
+        y32 = op.Add(op.Mul(op.MatMul(left, weight), row_scale), bias)
+        y = op.CastLike(y32, x)
+        return y  # noqa: RET504  (names the output)
+
+    proto: onnx.FunctionProto = QuantMatMul.to_function_proto()
+    return proto
+
+
+def fma(a: Array, b: Array, c: Array) -> Array:
+    """``a * b + c`` of float32 arrays with one rounding, as the instruction gives it.
+
+    The product of two floats is exact in float64. Its sum with c is rounded to odd, so that
+    rounding it again, to float32, cannot go wrong (Boldo and Melquiond, 2008).
+    """
+    with np.errstate(all="ignore"):
+        product = a.astype(np.float64) * b.astype(np.float64)
+        addend = np.broadcast_to(c.astype(np.float64), product.shape)
+        total = product + addend
+        back = total - product
+        error = (product - (total - back)) + (addend - back)
+        even = (total.view(np.int64) & 1) == 0
+        inexact = np.isfinite(total) & (error != 0) & even
+        odd = np.nextafter(total, np.where(error > 0, np.inf, -np.inf))
+        return np.where(inexact, odd, total).astype(np.float32)
+
+
+def reference(
+    x: Array,
+    codes: Array,
+    scales: Array,
+    zero_points: Array,
+    levels: Array,
+    bias: Array,
+    *,
+    K: int,
+    N: int,
+    group: int,
+    bits: int,  # noqa: ARG001
+    int8_activations: int,
+    exponent_scales: int,
+    factor: float,
+    layout: int,  # noqa: ARG001
+) -> tuple[Array]:
+    """The kernels in numpy, to the last bit.
+
+    Args:
+        x: ``[..., K]`` float32 or float16.
+        codes: ``[P, J, 16 * bits]`` uint8.
+        scales: ``[P, G, 32]``.
+        zero_points: ``[P, G, 32]`` int8, or ``[1, 1, 1]``.
+        levels: ``[2**bits]`` float32.
+        bias: ``[N]`` or ``[1]`` float32.
+        K: rows of the weight.
+        N: columns of the weight.
+        group: k that share a scale.
+        bits: of a code.
+        int8_activations: 1 when rows of x are quantized first.
+        exponent_scales: 1 when scales are E8M0 codes.
+        factor: of all weights.
+        layout: 1.
+
+    Returns:
+        ``y: [..., N]`` of the type of x.
+    """
+    level, scale = weight_parts(codes, scales, zero_points, levels, K, N, group, exponent_scales)
+    rows = x.reshape(-1, K)
+    factor32 = np.float32(factor)
+    total: Array = np.zeros((rows.shape[0], N), np.float32)
+    with np.errstate(all="ignore"):
+        if int8_activations:
+            q, row_scale = per_token.reference(rows)
+            for g in range(scale.shape[1]):
+                part = slice(g * group, min((g + 1) * group, K))
+                dots = q[:, part].astype(np.float64) @ level[:, part].T.astype(np.float64)
+                total = fma(dots.astype(np.float32), scale[None, :, g], total)
+            total = total * (row_scale * factor32)
+        else:
+            weight = level * np.repeat(scale * factor32, group, axis=1)[:, :K]
+            wide = rows.astype(np.float32)
+            for k in range(K):
+                total = fma(wide[:, k : k + 1], weight[None, :, k], total)
+        y = total + bias
+        return (y.astype(x.dtype).reshape(*x.shape[:-1], N),)
+
+
+def weight_parts(
+    codes: Array,
+    scales: Array,
+    zero_points: Array,
+    levels: Array,
+    k: int,
+    n: int,
+    group: int,
+    exponent_scales: int,
+) -> tuple[Array, Array]:
+    """Levels less zero points ``[N, K]`` and scales ``[N, G]``, both float32."""
+    level = levels[unpack_codes(codes, n, k)]
+    zero = np.broadcast_to(zero_points, scales.shape).astype(np.float32)
+    level = level - np.repeat(unpack_groups(zero, n), group, axis=1)[:, :k]
+    numbers = powers_of_two()[scales] if exponent_scales else scales.astype(np.float32)
+    return level, unpack_groups(numbers, n)
+
+
+OPERATOR = Operator(
+    name="QuantMatMul",
+    doc=_DOC,
+    inputs={
+        "x": "`[..., K]` f32 or f16",
+        "codes": "`[P, J, 16 * bits]` u8",
+        "scales": "`[P, G, 32]` f32, f16, bf16, f8e4m3fn, or u8 exponents (E8M0)",
+        "zero_points": "`[P, G, 32]` i8, or `[1, 1, 1]` holding 0",
+        "levels": "`[2^bits]` f32",
+        "bias": "`[N]` f32, or `[1]` for all columns",
+    },
+    outputs={"y": "`[..., N]`, the type of x"},
+    min_opset=21,
+    build_function=_build_function,
+    reference=reference,
+    attributes=(
+        Attribute("K", "INT", "reduction length"),
+        Attribute("N", "INT", "output columns"),
+        Attribute("group", "INT", "k that share a scale; K or more for one a column"),
+        Attribute("bits", "INT", "of a code: 4 or 8"),
+        Attribute("int8_activations", "INT", "1: quantize each row of x to INT8 first"),
+        Attribute("exponent_scales", "INT", "1: scales are E8M0 codes, 2^(code - 127)"),
+        Attribute("factor", "FLOAT", "of all weights"),
+        Attribute("layout", "INT", "version of the layout: 1"),
+    ),
+)
