@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 Mode = Literal["static", "dynamic", "weight-only"]
+WeightMethod = Literal["minmax", "mse"]
 SiteKind = Literal["matmul", "gemm", "conv", "embedding", "op"]
 
 
@@ -56,7 +57,7 @@ class WeightPlan:
     symmetric: bool = True
     per_channel: bool = True
     block: int = 0
-    method: str = "minmax"
+    method: WeightMethod = "minmax"
 
 
 @dataclass(frozen=True)

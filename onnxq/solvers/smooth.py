@@ -58,7 +58,8 @@ def smoothing_scale(amax: Float, wmax: Float, alpha: float) -> Float:
     amax64 = np.maximum(amax64, floor if floor > 0 else 1.0)
     wmax64 = np.maximum(wmax64, 1e-5)
     log_s = alpha * np.log(amax64) - (1 - alpha) * np.log(wmax64)
-    return np.exp(log_s - log_s.mean()).astype(np.float32)
+    scale: Float = np.exp(log_s - log_s.mean()).astype(np.float32)
+    return scale
 
 
 def search_smoothing(
