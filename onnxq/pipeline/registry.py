@@ -69,8 +69,10 @@ BUILTIN: Final[Mapping[str, Entry]] = {
         sensitivity="Sensitivity",
         auto_partial="AutoPartial",
     ),
-    **_builtin("weights", sequential="Sequential", gptq="Gptq", gpfq="Gpfq", opt_rtn="OptRtn"),
-    **_builtin("lower", qdq="Qdq"),
+    **_builtin(
+        "weights", sequential="Sequential", gptq="Gptq", gpfq="Gpfq", opt_rtn="OptRtn", hqq="Hqq"
+    ),
+    **_builtin("lower", pack="Pack", qdq="Qdq"),
 }
 
 

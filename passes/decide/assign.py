@@ -74,7 +74,8 @@ class Assign(Pass):
     Args:
         mode: ``static`` (ranges from calibration), ``dynamic`` (activation ranges taken at run
             time) or ``weight-only`` (activations stay float).
-        weights: integer format of weights: ``int8``, ``int4``, ...
+        weights: format of weights: ``int8``, ``int4``, ...; in mode ``weight-only`` any format
+            (``nvfp4``, ``mxfp4``, ``nf4``, ...), else an integer one.
         activations: integer format of activations, or ``auto``: what the target is fast with.
         block: elements along the reduction axis that share a weight scale; 0: one scale an
             output channel.
@@ -98,20 +99,29 @@ class Assign(Pass):
     embeddings: str = "int8"
 
     def __post_init__(self) -> None:
-        bits = _integer_format(self.weights).bits
+        fmt = parse_format(self.weights)
+        if self.mode != "weight-only":
+            fmt = _integer_format(self.weights)
+        if fmt.block and self.block not in (0, fmt.block):
+            raise SpecError(
+                "SPEC-COMBINATION",
+                f"weights={self.weights} has blocks of {fmt.block}, not {self.block}",
+                "leave block out",
+            )
         if self.activations != "auto":
             _integer_format(self.activations)
         if self.embeddings != "float":
             _integer_format(self.embeddings)
         if self.block and (self.block < 16 or self.block & (self.block - 1)):
             raise SpecError("SPEC-RANGE", f"block={self.block} is not a power of two from 16 on")
-        if self.mode != "weight-only" and self.block:
+        if self.mode != "weight-only" and (self.block or fmt.block):
             raise SpecError(
                 "SPEC-COMBINATION",
-                f"mode={self.mode} has one scale a channel; block={self.block} does not go with it",
+                f"mode={self.mode} has one scale a channel; "
+                f"block={self.block or fmt.block} does not go with it",
                 "use mode=weight-only, or leave block out",
             )
-        if self.mode == "dynamic" and bits != 8:
+        if self.mode == "dynamic" and fmt.bits != 8:
             raise SpecError(
                 "SPEC-COMBINATION",
                 f"mode=dynamic multiplies 8-bit integers; weights={self.weights} are not",
@@ -186,7 +196,9 @@ class Assign(Pass):
                     self.weights,
                     self.symmetric_weights,
                     per_channel,
-                    self.block if linear.kind != "conv" else 0,
+                    (self.block or parse_format(self.weights).block)
+                    if linear.kind != "conv"
+                    else 0,
                     self.weight_method,
                 ),
                 by=self.name,

@@ -1,24 +1,33 @@
 """Weight-only quantization: packed weights, float activations.
 
-Where the target has it, onnxruntime's ``MatMulNBits`` (weights ``[N, blocks, bytes]``, low nibble
-first, unsigned codes with the middle as default zero point, bias inside); elsewhere the standard's
-blocked ``DequantizeLinear`` in front of the product.
+=============================  ===============================================================
+integers of 2, 4 and 8 bits    ``MatMulNBits`` where the target has it: weights ``[N, blocks,
+in blocks                      bytes]``, low nibble first, unsigned codes with the middle as
+                               default zero point, bias inside
+integers of 4, 8 and 16 bits   the standard's (blocked) ``DequantizeLinear`` before the product
+all else                       a model-local function (:mod:`onnxq.passes.lower.decode`)
+=============================  ===============================================================
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxq.errors import InternalError, PreconditionError
+from onnxq.formats import IntFormat, parse_format
 from onnxq.formats.packing import pack_bits
 from onnxq.graph.edit import Names, add_initializer, insert_before, replace_value
 from onnxq.graph.match import Linear
+from onnxq.passes.lower.decode import lower_to_decode
 from onnxq.passes.lower.weights import (
     integer_format,
     quantize_weight,
     take_rounded,
+    to_nearest,
     weight_as_read,
 )
 from onnxq.passes.plan import SitePlan, WeightPlan
@@ -27,6 +36,8 @@ from onnxq.passes.weights.rounded import RoundedWeight
 
 CONTRIB = "com.microsoft"
 NBITS = (2, 4, 8)
+NBITS_BLOCKS = (16, 32, 64, 128, 256)
+"""Blocks that onnxruntime's CPU kernel (1.31) takes."""
 INT8_COMPUTE = 4
 """``accuracy_level`` at which MatMulNBits rounds activations to int8 a block: its fast path."""
 
@@ -35,12 +46,27 @@ def lower_weight_only(
     model: ir.Model, linear: Linear, site: SitePlan, target: Target, rounded: RoundedWeight | None
 ) -> str:
     """Pack one layer's weight, as a solver rounded it or to nearest; returns what was done."""
-    if site.weight is None:
+    plan = site.weight
+    if plan is None:
         raise InternalError("PLAN-WEIGHT", f"{site.site} has no weight plan")
-    bits = integer_format(site.weight.format).bits
-    if target.matmul_nbits and site.weight.block and bits in NBITS:
-        return _lower_to_nbits(model, linear, site.weight, bits, rounded)
-    return _lower_to_dequantize(model, linear, site.weight, rounded)
+    fmt = parse_format(plan.format)
+    real_zero = rounded is not None and rounded.zero_point.dtype == np.float32
+    if isinstance(fmt, IntFormat):
+        if target.matmul_nbits and plan.block in NBITS_BLOCKS and fmt.bits in NBITS:
+            return _lower_to_nbits(model, linear, plan, fmt.bits, rounded)
+        if fmt.bits in (4, 8, 16) and not real_zero:
+            return _lower_to_dequantize(model, linear, plan, rounded)
+        fmt = dataclasses.replace(fmt, block=0, scheme="sym" if plan.symmetric else "asym")
+    if rounded is None:
+        rounded = to_nearest(_rows(linear), fmt, plan)
+    what = lower_to_decode(model, linear, rounded, fmt.bits)
+    return f"{plan.format}: {what}"
+
+
+def _rows(linear: Linear) -> npt.NDArray[np.float32]:
+    """The weight as ``[N, K]``."""
+    array, in_axis, _ = weight_as_read(linear)
+    return array if in_axis == 1 else np.ascontiguousarray(array.T)
 
 
 def _lower_to_nbits(
@@ -49,9 +75,7 @@ def _lower_to_nbits(
     graph = model.graph
     names = Names(graph)
     if rounded is None:
-        array, in_axis, _ = weight_as_read(linear)
-        rows = array if in_axis == 1 else np.ascontiguousarray(array.T)
-        weight = quantize_weight(rows, plan, in_axis=1, out_axis=0)
+        weight = quantize_weight(_rows(linear), plan, in_axis=1, out_axis=0)
     else:
         weight = take_rounded(rounded, plan, in_axis=1)
     base = f"{linear.name}_weight"
@@ -64,7 +88,10 @@ def _lower_to_nbits(
     )
     scales = add_initializer(graph, names.fresh(f"{base}_scale"), weight.scale)
     zero = None
-    if not plan.symmetric:
+    if weight.zero_point.dtype == np.float32:
+        real = weight.zero_point.astype(np.float32) + np.float32(shift)
+        zero = add_initializer(graph, names.fresh(f"{base}_zero_point"), real)
+    elif not plan.symmetric:
         zero = add_initializer(
             graph,
             names.fresh(f"{base}_zero_point"),
@@ -131,8 +158,8 @@ def _lower_to_dequantize(
     if opset < needed:
         raise PreconditionError(
             "PASS-OPSET",
-            f"`qdq`: {plan.format} weights{' in blocks' if plan.block else ''} need opset {needed}; "
-            f"the model has {opset}",
+            f"`qdq`: {plan.format} weights{' in blocks' if plan.block else ''} need opset "
+            f"{needed}; the model has {opset}",
             f"put `canonicalize{{opset={needed}}}` first",
         )
     array, in_axis, out_axis = weight_as_read(linear)

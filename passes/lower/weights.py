@@ -6,15 +6,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 
 from onnxq.calibration.ranges import weight_range
 from onnxq.errors import InternalError
-from onnxq.formats import IntFormat, affine_params, parse_format, quantize
+from onnxq.formats import Format, IntFormat, affine_params, parse_format, quantize
 from onnxq.graph.match import Linear
 from onnxq.graph.match.values import attr_int
 from onnxq.passes.plan import WeightPlan
 from onnxq.passes.weights.rounded import RoundedWeight
+from onnxq.solvers.rtn import rtn
+from onnxq.solvers.scale_search import mse_params
 
 Array = npt.NDArray[np.generic]
 Float = npt.NDArray[np.float32]
@@ -57,14 +58,20 @@ def weight_as_read(linear: Linear) -> tuple[Float, int, int]:
 
 
 def quantize_weight(
-    weight: Float, plan: WeightPlan, *, in_axis: int, out_axis: int, least_scale: Float | None = None
+    weight: Float,
+    plan: WeightPlan,
+    *,
+    in_axis: int,
+    out_axis: int,
+    least_scale: Float | None = None,
 ) -> QuantizedWeight:
     """Quantize one weight.
 
     Args:
         weight: any layout; blocks run along ``in_axis``, channels along ``out_axis``.
         plan: format, granularity and how ranges are chosen.
-        in_axis, out_axis: axes of the reduction and of the outputs.
+        in_axis: axis of the reduction.
+        out_axis: axis of the outputs.
         least_scale: ``[N]`` lower bounds of the channels' scales (a bias in int32 must fit).
     """
     fmt = integer_format(plan.format)
@@ -89,15 +96,17 @@ def take_rounded(rounded: RoundedWeight, plan: WeightPlan, *, in_axis: int) -> Q
     """
     fmt = integer_format(plan.format)
     codes = rounded.codes.astype(fmt.numpy_dtype)
-    zero = rounded.zero_point.astype(fmt.numpy_dtype)
+    zero = rounded.zero_point
+    if zero.dtype != np.float32:
+        zero = zero.astype(fmt.numpy_dtype)
     if not plan.block:
         axis = 1 - in_axis
         codes = codes if in_axis == 1 else np.ascontiguousarray(codes.T)
         return QuantizedWeight(codes, rounded.scale[:, 0], zero[:, 0], axis)
     if in_axis == 1:
         return QuantizedWeight(codes, rounded.scale, zero, 1)
-    turned = (np.ascontiguousarray(a.T) for a in (codes, rounded.scale, zero))
-    return QuantizedWeight(*turned, 0)
+    turned, scale, zero = (np.ascontiguousarray(a.T) for a in (codes, rounded.scale, zero))
+    return QuantizedWeight(turned, scale, zero, 0)
 
 
 def _quantize_blocks(weight: Float, plan: WeightPlan, fmt: IntFormat, axis: int) -> QuantizedWeight:
@@ -113,11 +122,21 @@ def _quantize_blocks(weight: Float, plan: WeightPlan, fmt: IntFormat, axis: int)
     scale = np.moveaxis(scale.reshape(*moved.shape[:-1], blocks), -1, axis)
     zero = np.moveaxis(zero.reshape(*moved.shape[:-1], blocks), -1, axis)
     codes = quantize(weight, scale, zero, fmt, axis=axis, block=plan.block)
-    return QuantizedWeight(
-        codes, np.ascontiguousarray(scale), np.ascontiguousarray(zero), axis
-    )
+    return QuantizedWeight(codes, np.ascontiguousarray(scale), np.ascontiguousarray(zero), axis)
 
 
-def ir_tensor(array: Array, fmt: IntFormat, name: str) -> ir.TensorProtocol:
-    """``array`` of codes as an IR tensor of the format's ONNX type."""
-    return ir.tensor(array.astype(fmt.numpy_dtype), name=name)
+def to_nearest(rows: Float, fmt: Format, plan: WeightPlan) -> RoundedWeight:
+    """``[N, K]`` weights rounded to nearest in any format; ``plan`` says how scales are chosen.
+
+    Args:
+        rows: one row an output channel.
+        fmt: the format, its scheme included.
+        plan: block and method.
+    """
+    group = plan.block or None
+    if isinstance(fmt, IntFormat):
+        group = plan.block
+    params = None
+    if plan.method == "mse":
+        params = mse_params(rows, fmt, group=group, norm=2)
+    return RoundedWeight.of(rtn(rows, fmt, group=group, params=params))
