@@ -32,6 +32,7 @@ Feeds = dict[str, np.ndarray]
 Array = npt.NDArray[np.floating]
 Metric = Literal["sqnr", "kl", "perplexity"]
 
+_CHUNK = 1 << 20
 _ROWS = 128
 """Rows of logits that are turned into probabilities at once; bounds memory."""
 
@@ -100,6 +101,14 @@ class PlanMeter:
         session = self._workspace.session(model, threads=ctx.threads)
         self._exact = [_floats(out) for out in run_samples(session, self._samples)]
         self._logits = self._find_logits() if metric != "sqnr" else ""
+        self._signal = {
+            name: sum(_energy(out[name]) for out in self._exact) for name in self._exact[0]
+        }
+        self._reference = (
+            [_log_softmax(_rows(out[self._logits])) for out in self._exact]
+            if metric == "kl"
+            else []
+        )
 
     def __enter__(self) -> PlanMeter:
         return self
@@ -131,11 +140,9 @@ class PlanMeter:
         return model
 
     def _sqnr(self, name: str, found: Sequence[dict[str, Array]]) -> float:
-        signal = noise = 0.0
+        signal, noise = self._signal[name], 0.0
         for exact, other in zip(self._exact, found, strict=True):
-            a = exact[name].astype(np.float64)
-            signal += float(np.vdot(a, a))
-            noise += float(np.square(a - other[name]).sum())
+            noise += _energy(exact[name] - other[name])
         if noise == 0.0:
             return float("inf")
         return float(10 * np.log10(signal / noise)) if signal > 0 else -float("inf")
@@ -156,12 +163,12 @@ class PlanMeter:
 
     def _kl(self, found: Sequence[dict[str, Array]]) -> float:
         total, rows = 0.0, 0
-        for exact, other in zip(self._exact, found, strict=True):
-            a, b = (x[self._logits].reshape(-1, x[self._logits].shape[-1]) for x in (exact, other))
-            for start in range(0, len(a), _ROWS):
-                p, q = (_log_softmax(x[start : start + _ROWS]) for x in (a, b))
-                total += float((np.exp(p) * (p - q)).sum())
-            rows += len(a)
+        for exact, other in zip(self._reference, found, strict=True):
+            logits = _rows(other[self._logits])
+            for start in range(0, len(exact), _ROWS):
+                p, q = exact[start : start + _ROWS], _log_softmax(logits[start : start + _ROWS])
+                total += float((np.exp(p) * (p - q)).sum(dtype=np.float64))
+            rows += len(exact)
         return total / rows
 
     def _drop(self, found: Sequence[dict[str, Array]]) -> float:
@@ -191,10 +198,22 @@ def _tokens(feeds: Feeds, logits: Array) -> np.ndarray | None:
     return ids if fits else None
 
 
-def _log_softmax(x: Array) -> npt.NDArray[np.float64]:
-    wide = x.astype(np.float64)
-    wide -= wide.max(axis=-1, keepdims=True)
-    return np.asarray(wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True)))
+def _rows(logits: Array) -> Array:
+    return logits.reshape(-1, logits.shape[-1])
+
+
+def _energy(array: Array) -> float:
+    """Sum of squares, in float64 by rows so that no copy of a large output is made."""
+    flat = array.reshape(-1)
+    parts = (flat[i : i + _CHUNK].astype(np.float64) for i in range(0, flat.size, _CHUNK))
+    return float(sum(float(np.vdot(part, part)) for part in parts))
+
+
+def _log_softmax(x: Array) -> Array:
+    """In the precision of ``x``; the sum in float64."""
+    shifted = x - x.max(axis=-1, keepdims=True)
+    total = np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)
+    return np.asarray(shifted - np.log(total).astype(x.dtype))
 
 
 def _floats(outputs: dict[str, Any]) -> dict[str, Array]:
