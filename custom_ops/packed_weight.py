@@ -5,20 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from onnxq.custom_ops.layout import LAYOUT, pack_codes, pack_groups
 from onnxq.errors import UnsupportedError
-from onnxq.formats import Format, IntFormat, MiniFloat, MxFormat, Nf4Format, NvFp4Format, Params
+from onnxq.formats import Format, IntFormat, Params
 
 Array = npt.NDArray[Any]
-ScaleType = Literal["float16", "float32"]
+ScaleType = Literal["float16", "float32", "e8m0", "e4m3"]
 
-_E2M1_STEP = 0.5
-"""E2M1 numbers are whole multiples of it."""
-_MXINT8_STEP = 2.0**-6
+_MIN_GROUP = 16
+_STEP = 4
+_MAX_FRACTION_BITS = 6
+"""Of levels that are made integers: E2M1 has one, MXINT8 six."""
+_INTEGER_SPAN = 255
 _HALF_TOP_EXPONENT = 15
+_E8M0_BIAS = 127
+_SCALE_TYPES: dict[str, ScaleType] = {"float8_e8m0fnu": "e8m0", "float8_e4m3fn": "e4m3"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,23 +39,6 @@ class PackedWeight:
     attributes: dict[str, int | float]
 
 
-@dataclass(frozen=True, eq=False)
-class _Codebook:
-    """``value = levels[code] * factor``, codes being unsigned.
-
-    Attributes:
-        bits: 4 or 8.
-        levels: ``[2**bits]`` float32.
-        factor: of all levels; such that they are integers where the format's values are.
-        shift: added to the format's own codes.
-    """
-
-    bits: int
-    levels: Array
-    factor: float = 1.0
-    shift: int = 0
-
-
 def pack_weight(
     fmt: Format,
     codes: Array,
@@ -60,10 +48,10 @@ def pack_weight(
     scale_type: ScaleType = "float16",
     bias: Array | None = None,
 ) -> PackedWeight:
-    """Pack a rounded weight.
+    """Pack a weight as its format rounded it.
 
     Args:
-        fmt: integer up to 8 bits, FP8, FP4 and other floats up to 8 bits, MX, NVFP4 or NF4.
+        fmt: of at most 8 bits, with one scale a group (and one zero point, for integers).
         codes: ``[N, K]``, in the code dtype of the format.
         params: scales with granularity ``block(1, g)`` or ``channel(0)``.
         int8_activations: quantize rows of activations to INT8 inside of the kernel.
@@ -71,66 +59,144 @@ def pack_weight(
         bias: ``[N]``.
 
     Raises:
-        UnsupportedError: ``UNSUPPORTED-PACK``: a format, granularity or scale that the operator
-            does not take, or INT8 activations with levels that are no integers.
+        UnsupportedError: as :func:`pack_table`; or another granularity or format.
     """
-    book = _codebook(fmt)
-    if int8_activations and (book.levels != np.rint(book.levels)).any():
+    n, k = codes.shape
+    if fmt.bits > 8 or params.codebook is not None or params.micro is not None:
+        raise _unsupported(f"{fmt} weights", "use a format of up to 8 bits with one scale a group")
+    scale = params.scale.reshape(n, -1)
+    zero = None
+    if isinstance(fmt, IntFormat):
+        levels, shift = integer_levels(fmt.bits, signed=fmt.signed)
+        if params.zero_point is not None:
+            zero = np.broadcast_to(params.zero_point.reshape(n, -1).astype(np.int16), scale.shape)
+    elif codes.dtype == np.int8:
+        shift = 1 << (fmt.bits - 1)
+        every = np.arange(-shift, shift).astype(np.int8)
+        levels = np.asarray(fmt.decode(every), np.float32)
+    else:
+        shift = 0
+        levels = np.asarray(fmt.decode(np.arange(1 << fmt.bits, dtype=np.uint8)), np.float32)
+    return pack_table(
+        codes.astype(np.int16) + shift,
+        levels,
+        scale.astype(np.float32),
+        group=_group(params, k),
+        zero_point=zero,
+        factor=1.0 if params.global_scale is None else float(params.global_scale),
+        scale_type=_SCALE_TYPES.get(scale.dtype.name, scale_type),
+        int8_activations=int8_activations,
+        bias=bias,
+    )
+
+
+def integer_levels(bits: int, *, signed: bool) -> tuple[Array, int]:
+    """The integers of a format, ascending from the lowest code, and what makes that code 0."""
+    shift = 1 << (bits - 1) if signed else 0
+    return np.arange(1 << bits, dtype=np.float32) - np.float32(shift), shift
+
+
+def takes_int8(levels: Array) -> bool:
+    """Whether kernels can multiply a table of levels by INT8 activations."""
+    bits = _code_bits(levels)
+    return _integer_step(_complete(levels, bits)[0], bits)[1]
+
+
+def pack_table(
+    codes: Array,
+    levels: Array,
+    scale: Array,
+    *,
+    group: int,
+    zero_point: Array | None = None,
+    factor: float = 1.0,
+    scale_type: ScaleType = "float16",
+    int8_activations: bool,
+    bias: Array | None = None,
+) -> PackedWeight:
+    """Pack ``(levels[codes] - zero_point) * scale * factor``.
+
+    Args:
+        codes: ``[N, K]``, places in ``levels``.
+        levels: ``[n]`` float32, n at most 256.
+        scale: ``[N, G]`` float32, ``G = ceil(K / group)``.
+        group: columns of K that share a scale.
+        zero_point: ``[N, G]`` integers, in units of the levels.
+        factor: of the whole weight.
+        scale_type: of the stored scales; ``e8m0`` and ``e4m3`` must be exact.
+        int8_activations: quantize rows of activations to INT8 inside of the kernel.
+        bias: ``[N]``.
+
+    Raises:
+        UnsupportedError: ``UNSUPPORTED-PACK``: a group or scale that the operator does not take, or
+            INT8 activations with levels that are not multiples of one number.
+    """
+    n, k = codes.shape
+    group = min(group, k)
+    if group < k and (group < _MIN_GROUP or group % _STEP):
+        raise _unsupported(f"groups of {group}", f"use a multiple of {_STEP} from {_MIN_GROUP} on")
+    bits = _code_bits(levels)
+    table, offset = _complete(levels, bits)
+    step, whole = _integer_step(table, bits)
+    if int8_activations and not whole:
         raise _unsupported(
-            f"{fmt} weights with INT8 activations: their levels are no multiples of one number",
+            "INT8 activations with these levels: they are no multiples of one number",
             "keep the activations in float",
         )
-    n, k = codes.shape
-    group = _group(params, k)
-    if group < k and (group < 16 or group % 4):
-        raise _unsupported(f"groups of {group}", "use a multiple of 4 from 16 on")
-    scales, unit = _scales(params.scale.reshape(n, -1), scale_type)
-    whole = 1.0 if params.global_scale is None else float(params.global_scale)
-    stored = (codes.astype(np.int16) + book.shift).astype(np.uint8)
+    stored, unit = _stored_scales(scale, scale_type)
+    zero = np.full((n, 1), offset) if zero_point is None else zero_point.astype(np.int32) + offset
     inputs = {
-        "codes": pack_codes(stored, book.bits),
-        "scales": pack_groups(scales),
-        "zero_points": _zero_points(fmt, params, n, book.shift),
-        "levels": book.levels.astype(np.float32),
+        "codes": pack_codes(codes, bits),
+        "scales": pack_groups(stored),
+        "zero_points": _stored_zero_points(zero, stored.shape),
+        "levels": (table / np.float32(step)).astype(np.float32),
         "bias": np.zeros(1, np.float32) if bias is None else bias.astype(np.float32),
     }
     attributes = {
         "K": k,
         "N": n,
         "group": group,
-        "bits": book.bits,
+        "bits": bits,
         "int8_activations": int(int8_activations),
-        "exponent_scales": int(scales.dtype == np.uint8),
-        "factor": book.factor * whole * unit,
+        "exponent_scales": int(scale_type == "e8m0"),
+        "factor": factor * unit * step,
         "layout": LAYOUT,
     }
     return PackedWeight(inputs, attributes)
 
 
-def _codebook(fmt: Format) -> _Codebook:
-    if isinstance(fmt, IntFormat) and fmt.bits <= 8:
-        bits = 4 if fmt.bits <= 4 else 8
-        half = 1 << (bits - 1)
-        return _Codebook(bits, np.arange(-half, half), shift=half if fmt.signed else 0)
-    if isinstance(fmt, Nf4Format):
-        return _Codebook(4, fmt.levels())
-    if isinstance(fmt, NvFp4Format):
-        return _float_codebook(fmt, 4, _E2M1_STEP)
-    if isinstance(fmt, MxFormat):
-        if fmt.float_element is None:
-            return _Codebook(8, np.arange(-128, 128), _MXINT8_STEP, shift=128)
-        step = _E2M1_STEP if fmt.element == "fp4" else 1.0
-        return _float_codebook(fmt.float_element, fmt.bits, step)
-    if isinstance(fmt, MiniFloat) and fmt.bits <= 8:
-        return _float_codebook(fmt, fmt.bits, _E2M1_STEP if str(fmt).startswith("fp4") else 1.0)
-    raise _unsupported(f"{fmt} weights", "use an integer, FP8, FP4, MX, NVFP4 or NF4 format")
+def _code_bits(levels: Array) -> int:
+    return 4 if len(levels) <= 1 << 4 else 8
 
 
-def _float_codebook(fmt: Format, bits: int, step: float) -> _Codebook:
-    wide = 4 if bits <= 4 else 8
-    levels = np.zeros(1 << wide, np.float32)
-    levels[: 1 << bits] = fmt.decode(np.arange(1 << bits, dtype=np.uint8)) / np.float32(step)
-    return _Codebook(wide, levels, step)
+def _complete(levels: Array, bits: int) -> tuple[Array, int]:
+    """``[2**bits]`` levels that begin with these, and by how much integers were moved.
+
+    Consecutive integers go on, moved so that a zero point among them fits in int8.
+    """
+    count = 1 << bits
+    table = np.zeros(count, np.float32)
+    table[: len(levels)] = levels
+    if (np.diff(levels) != 1).any() or levels[0] != np.rint(levels[0]):
+        return table, 0
+    offset = -(count // 2) if levels[0] >= 0 else 0
+    return np.arange(count, dtype=np.float32) + levels[0] + np.float32(offset), offset
+
+
+def _integer_step(table: Array, bits: int) -> tuple[float, bool]:
+    """The power of two that all levels are integer multiples of, and whether kernels take them so.
+
+    Tables of 256 levels must be consecutive for that.
+    """
+    if not np.isfinite(table).all():
+        return 1.0, False
+    for fraction in range(_MAX_FRACTION_BITS + 1):
+        scaled = np.ldexp(table, fraction)
+        if (scaled == np.rint(scaled)).all():
+            fits = bits == 4 or bool((np.diff(scaled) == 1).all())
+            small = float(scaled.max() - scaled.min()) <= _INTEGER_SPAN
+            return (2.0**-fraction, True) if fits and small else (1.0, False)
+    return 1.0, False
 
 
 def _group(params: Params, k: int) -> int:
@@ -138,22 +204,27 @@ def _group(params: Params, k: int) -> int:
     if granularity.kind == "channel" and granularity.axis in (0, -2):
         return k
     if granularity.kind == "block" and granularity.axis in (1, -1):
-        return min(granularity.size, k)
+        return granularity.size
     raise _unsupported(f"scales by {granularity}", "use block(1,size) or channel(0)")
 
 
-def _scales(scale: Array, scale_type: ScaleType) -> tuple[Array, float]:
+def _stored_scales(scale: Array, scale_type: ScaleType) -> tuple[Array, float]:
     """``[N, G]`` as it is stored, and the power of two that float16 scales are multiples of.
 
     The greatest float16 scale lies in (2^14, 2^15], so that only scales 2^28 times smaller would be
     subnormal.
     """
-    if scale.dtype.name == "float8_e8m0fnu":
-        return scale.view(np.uint8), 1.0
-    if scale.dtype.name == "float8_e4m3fn" or scale_type == "float32":
-        return scale, 1.0
+    if scale_type == "e8m0":
+        codes: Array = np.frexp(scale)[1] - 1 + _E8M0_BIAS
+        if not np.isfinite(scale).all():
+            raise _unsupported("NaN among the scales", "repair the weight")
+        return codes.astype(np.uint8), 1.0
+    if scale_type == "e4m3":
+        return scale.astype(ml_dtypes.float8_e4m3fn), 1.0
+    if scale_type == "float32":
+        return scale.astype(np.float32), 1.0
     exponent = int(np.frexp(np.abs(scale).max(initial=0))[1]) - _HALF_TOP_EXPONENT
-    half = np.ldexp(scale, -exponent).astype(np.float16)
+    half: Array = np.ldexp(scale, -exponent).astype(np.float16)
     if (np.abs(half[scale != 0]) < np.finfo(np.float16).smallest_normal).any():
         raise _unsupported(
             "scales that differ by more than float16 can hold", "store them as float32"
@@ -161,19 +232,11 @@ def _scales(scale: Array, scale_type: ScaleType) -> tuple[Array, float]:
     return half, float(np.ldexp(1.0, exponent))
 
 
-def _zero_points(fmt: Format, params: Params, n: int, shift: int) -> Array:
-    """``[P, G, 32]`` int8 relative to the levels, or ``[1, 1, 1]`` when all are zero."""
-    none = np.zeros((1, 1, 1), np.int8)
-    if not isinstance(fmt, IntFormat):
-        return none
-    bits = 4 if fmt.bits <= 4 else 8
-    zero = np.zeros((n, 1)) if params.zero_point is None else params.zero_point.reshape(n, -1)
-    # code + shift is the index of level (code + shift - half): that is where zero must lie.
-    relative = zero.astype(np.int16) + shift - (1 << (bits - 1))
-    if not relative.any():
-        return none
-    groups = params.scale.reshape(n, -1).shape[1]
-    return pack_groups(np.broadcast_to(relative, (n, groups)).astype(np.int8))
+def _stored_zero_points(zero: Array, shape: tuple[int, ...]) -> Array:
+    """``[P, G, 32]`` int8, or ``[1, 1, 1]`` when all are zero."""
+    if not zero.any():
+        return np.zeros((1, 1, 1), np.int8)
+    return pack_groups(np.broadcast_to(zero, shape).astype(np.int8))
 
 
 def _unsupported(cause: str, hint: str) -> UnsupportedError:

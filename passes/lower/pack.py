@@ -1,0 +1,168 @@
+"""``pack``: perform the plan's linear layers with our own packed product, ``QuantMatMul``.
+
+One node a layer, bias inside, with the operator's body in the model: with onnxq's kernels it is the
+fastest form on the CPU, without them any onnxruntime runs the body. What the operator cannot take
+stays in the plan, for ``qdq`` behind this pass.
+
+=============  ==================================================================================
+mode           activations
+=============  ==================================================================================
+weight-only    as ``activations`` says: rounded to INT8, one scale a token, or float
+dynamic        rounded to INT8, one scale a token
+static         none: their ranges are fixed, ``qdq`` performs them
+=============  ==================================================================================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxq import custom_ops
+from onnxq.custom_ops.packed_weight import PackedWeight, integer_levels, pack_table, takes_int8
+from onnxq.errors import InternalError, UnsupportedError
+from onnxq.formats import IntFormat, parse_format
+from onnxq.graph.edit import Names, add_initializer, insert_before, remove_dead, replace_value
+from onnxq.graph.match import Linear, analyze
+from onnxq.passes.contract import Context, Pass, PassReport
+from onnxq.passes.keys import PLAN, ROUNDED, STATISTICS
+from onnxq.passes.lower.qdq import forget_shapes
+from onnxq.passes.lower.weights import to_nearest, weight_as_read
+from onnxq.passes.plan import SitePlan
+from onnxq.passes.weights.rounded import RoundedWeight, RoundedWeights
+
+OP = "QuantMatMul"
+
+
+@dataclass(frozen=True)
+class Pack(Pass):
+    """Replace planned linear layers by ``com.onnxq::QuantMatMul``.
+
+    Args:
+        activations: what weight-only layers do with their activations: ``int8`` rounds each token
+            to INT8 inside of the kernel, which is much faster; ``float`` keeps them. Formats whose
+            levels are no multiples of one number (NF4, FP8) keep them in any case.
+        scales: how scales are stored. ``float16`` rounds them, by less than 0.05 %.
+    """
+
+    name: ClassVar[str] = "pack"
+    summary: ClassVar[str] = "perform planned linear layers with the packed product QuantMatMul"
+    requires: ClassVar = (PLAN,)
+    uses: ClassVar = (ROUNDED,)
+    provides: ClassVar = (PLAN,)
+    invalidates: ClassVar = (STATISTICS,)
+    tolerance: ClassVar[float | None] = None
+
+    activations: Literal["int8", "float"] = "int8"
+    scales: Literal["float16", "float32"] = "float16"
+
+    def candidates(self, model: ir.Model) -> list[str]:
+        """Linear layers of the main graph."""
+        return [linear.name for linear in analyze(model).linears]
+
+    def run(self, model: ir.Model, ctx: Context) -> PassReport:
+        """Pack every site that the operator takes, and take it off the plan."""
+        report = PassReport()
+        plan = ctx.artifacts.get(PLAN)
+        rounded = ctx.artifacts.get(ROUNDED) if ROUNDED in ctx.artifacts else RoundedWeights()
+        linears = {linear.name: linear for linear in analyze(model).linears}
+        left = dataclasses.replace(plan, sites=dict(plan.sites))
+        for site in plan.sites.values():
+            linear = linears.get(site.site)
+            reason = _reason_against(site, linear)
+            if reason is None and linear is not None:
+                try:
+                    packed = self._packed(linear, site, rounded.get(site.site))
+                except UnsupportedError as error:
+                    reason = error.cause
+                else:
+                    _replace(model, linear, packed)
+                    del left.sites[site.site]
+                    report.change(site.site, _describe(site, packed))
+                    continue
+            report.skip(site.site, f"{reason}; left in the plan for `qdq`")
+        if report.changed:
+            custom_ops.attach(model, OP)
+            remove_dead(model.graph)
+            forget_shapes(model)
+        ctx.artifacts.put(PLAN, left)
+        return report
+
+    def _packed(
+        self, linear: Linear, site: SitePlan, rounded: RoundedWeight | None
+    ) -> PackedWeight:
+        plan = site.weight
+        if plan is None:
+            raise InternalError("PLAN-WEIGHT", f"{site.site} has no weight plan")
+        fmt = parse_format(plan.format)
+        if isinstance(fmt, IntFormat):
+            fmt = dataclasses.replace(fmt, block=0, scheme="sym" if plan.symmetric else "asym")
+        if rounded is None:
+            array, in_axis, _ = weight_as_read(linear)
+            rows = array if in_axis == 1 else np.ascontiguousarray(array.T)
+            rounded = to_nearest(rows, fmt, plan)
+        codes, levels, zero = rounded.codes.astype(np.int32), rounded.levels, None
+        if levels is None:
+            levels, shift = integer_levels(fmt.bits, signed=rounded.codes.dtype.kind == "i")
+            codes, zero = codes + shift, rounded.zero_point
+            if (zero != np.rint(zero)).any():
+                raise UnsupportedError(
+                    "UNSUPPORTED-PACK", "zero points that are no integers", "use `qdq`"
+                )
+        elif levels.ndim != 1:
+            raise UnsupportedError(
+                "UNSUPPORTED-PACK", "a codebook for each group", "use `qdq`, or one codebook"
+            )
+        return pack_table(
+            codes,
+            levels,
+            rounded.scale,
+            group=rounded.group,
+            zero_point=zero,
+            factor=rounded.factor,
+            scale_type=self.scales if rounded.scale_type == "float32" else rounded.scale_type,
+            int8_activations=site.mode == "dynamic"
+            or (self.activations == "int8" and takes_int8(levels)),
+            bias=linear.b,
+        )
+
+
+def _reason_against(site: SitePlan, linear: Linear | None) -> str | None:
+    if linear is None or linear.kind == "conv" or site.kind in ("embedding", "op"):
+        return "no matrix product with a constant weight"
+    if site.mode == "static":
+        return "its activations have fixed ranges"
+    return None
+
+
+def _replace(model: ir.Model, linear: Linear, packed: PackedWeight) -> None:
+    graph = model.graph
+    names = Names(graph)
+    x = linear.node.inputs[1 - linear.weight_index]  # as earlier replacements left it
+    constants = [
+        add_initializer(graph, names.fresh(f"{linear.name}_{name}"), array)
+        for name, array in packed.inputs.items()
+    ]
+    node = custom_ops.make_node(
+        OP, [x, *constants], packed.attributes, name=names.fresh(f"{linear.name}_{OP}")
+    )
+    out = node.outputs[0]
+    out.name = names.fresh(f"{linear.name}_{OP}_output")
+    out.type, out.shape = linear.output.type, linear.output.shape
+    insert_before(linear.node, node)
+    replace_value(linear.output, out)
+    if linear.bias_add is not None:
+        graph.remove(linear.bias_add, safe=True)
+    graph.remove(linear.node, safe=True)
+
+
+def _describe(site: SitePlan, packed: PackedWeight) -> str:
+    fmt = site.weight.format if site.weight is not None else ""
+    group = int(packed.attributes["group"])
+    by = "one scale a channel" if group == packed.attributes["K"] else f"groups of {group}"
+    activations = "int8" if packed.attributes["int8_activations"] else "float"
+    return f"{OP}, {fmt} in {by}, {activations} activations"

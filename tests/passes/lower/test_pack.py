@@ -1,0 +1,141 @@
+"""``pack``: linear layers become QuantMatMul, which runs with the kernels and without them."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from onnxq.custom_ops.packed_weight import PackedWeight, pack_table
+from onnxq.errors import PreconditionError
+from onnxq.passes.decide.assign import Assign
+from onnxq.passes.decide.calibrate import Calibrate
+from onnxq.passes.lower.pack import Pack
+from onnxq.passes.lower.qdq import Qdq
+from onnxq.passes.weights.gptq import Gptq
+from onnxq.runtime import session, usable_library
+
+from .. import helpers as h
+
+K, H, N = 96, 160, 40
+MODEL = f"""g (float[B,T,{K}] x) => (float[B,T,{N}] y) {{
+    a = MatMul(x, w1)  b = Add(a, b1)  c = Relu(b)
+    flat = Reshape(c, shape)
+    d = Gemm<transB = 1>(flat, w2, b2)
+    y = Reshape(d, back) }}"""
+WEIGHTS = {
+    "w1": h.normal(K, H, seed=1, scale=0.1),
+    "b1": h.normal(H, seed=2),
+    "w2": h.normal(N, H, seed=3, scale=0.1),
+    "b2": h.normal(N, seed=4),
+    "shape": np.array([-1, H]),
+    "back": np.array([2, 3, N]),
+}
+X = {"x": h.normal(2, 3, K, seed=5)}
+W4 = Assign(mode="weight-only", weights="int4", block=32)
+INT4_ERROR = 0.15
+INT8_ERROR = 0.02
+BODY_ERROR = 1e-5
+
+
+def model() -> ir.Model:
+    return h.model_of(MODEL, WEIGHTS, opset=21)
+
+
+def with_kernels(packed: ir.Model) -> np.ndarray:
+    if usable_library() is None:
+        pytest.skip("no kernels")
+    source = ir.to_proto(packed).SerializeToString()
+    result: np.ndarray = session(source, threads=1, library=True).run(None, X)[0]
+    return result
+
+
+@pytest.mark.parametrize(
+    ("assign", "pack", "error"),
+    [
+        (W4, Pack(), INT4_ERROR),
+        (W4, Pack(activations="float", scales="float32"), INT4_ERROR),
+        (
+            Assign(mode="weight-only", weights="uint4", block=64, symmetric_weights=False),
+            Pack(),
+            INT4_ERROR,
+        ),
+        (Assign(mode="weight-only", weights="int8"), Pack(), INT8_ERROR),
+        (Assign(mode="dynamic"), Pack(), INT8_ERROR),
+    ],
+)
+def test_both_layers_are_packed_and_run_as_kernel_and_as_body(
+    assign: Assign, pack: Pack, error: float
+) -> None:
+    before = model()
+    after = h.apply(before, assign, pack).model
+    assert h.ops(after)["QuantMatMul"] == 2
+    assert not {"MatMul", "Gemm", "Add"} & set(h.ops(after))
+    expected = h.run(before, X)["y"]
+    body = h.run(after, X)["y"]
+    assert h.relative_error(expected, body) < error
+    assert h.relative_error(body, with_kernels(after)) < BODY_ERROR
+
+
+def test_the_float_weights_go() -> None:
+    after = h.apply(model(), W4, Pack()).model
+    left = {v.name for v in after.graph.initializers.values() if v.dtype == ir.DataType.FLOAT}
+    assert not {"w1", "w2"} & left
+    stored = sum(v.const_value.nbytes for v in after.graph.initializers.values() if v.const_value)
+    assert stored < 0.2 * sum(array.nbytes for array in WEIGHTS.values())
+
+
+def test_solved_weights_are_taken() -> None:
+    """GPTQ's codes give another result than rounding to nearest."""
+    samples = [{"x": h.normal(2, 3, K, seed=seed)} for seed in range(4)]
+    solved = h.apply(model(), W4, Calibrate(), Gptq(), Pack(), samples=samples).model
+    nearest = h.apply(model(), W4, Pack()).model
+    assert h.relative_error(h.run(nearest, X)["y"], h.run(solved, X)["y"]) > 1e-3
+    assert h.relative_error(h.run(model(), X)["y"], h.run(solved, X)["y"]) < 2 * INT4_ERROR
+
+
+def test_same_weights_as_qdq() -> None:
+    """With float activations and scales the packed product is that of the dequantized weight."""
+    packed = h.apply(model(), W4, Pack(activations="float", scales="float32")).model
+    theirs = h.apply(model(), W4, Qdq(), target="openvino").model
+    assert h.ops(theirs)["DequantizeLinear"] == 2
+    assert h.relative_error(h.run(theirs, X)["y"], h.run(packed, X)["y"]) < BODY_ERROR
+
+
+def test_what_it_cannot_take_is_left_for_qdq() -> None:
+    samples = [X]
+    result = h.apply(model(), Calibrate(), Assign(), Pack(), Qdq(), samples=samples)
+    assert h.ops(result.model)["QuantMatMul"] == 0
+    assert h.ops(result.model)["QuantizeLinear"] > 0
+    assert "fixed ranges; left in the plan for `qdq`" in h.reasons(h.report_of(result, "pack"))
+
+
+def test_embeddings_are_left_for_qdq() -> None:
+    text = (
+        f"""g (int64[T] ids) => (float[T,{N}] y) {{ e = Gather(table, ids)  y = MatMul(e, w) }}"""
+    )
+    weights = {"table": h.normal(1024, K, seed=1), "w": h.normal(K, N, seed=2)}
+    result = h.apply(h.model_of(text, weights, opset=21), W4, Pack(), Qdq())
+    assert h.ops(result.model)["QuantMatMul"] == 1
+    assert h.ops(result.model)["Gather"] == 2
+
+
+def test_an_old_opset_is_refused_with_a_way_out() -> None:
+    with pytest.raises(PreconditionError, match="needs opset 21"):
+        h.apply(h.model_of(MODEL, WEIGHTS, opset=18), W4, Pack())
+
+
+def pack_levels(levels: np.ndarray) -> PackedWeight:
+    codes = np.arange(len(levels)).reshape(1, -1)
+    return pack_table(
+        codes, levels, np.ones((1, 1), np.float32), group=len(levels), int8_activations=False
+    )
+
+
+@pytest.mark.parametrize("levels", [np.arange(4) - 2.0, np.arange(16.0), np.arange(128) - 64.0])
+def test_consecutive_levels_are_completed(levels: np.ndarray) -> None:
+    """Narrow integers get the levels of the next width, in which kernels are fastest."""
+    packed = pack_levels(levels.astype(np.float32))
+    stored, zero = packed.inputs["levels"], packed.inputs["zero_points"]
+    assert (np.diff(stored) == 1).all()
+    assert np.array_equal(stored[: len(levels)] - int(zero.flat[0]), levels)
