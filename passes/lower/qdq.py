@@ -59,6 +59,8 @@ class Qdq(Pass):
         static = StaticLowering(model, plan, rounded)
         dynamic = DynamicLowering(model, rounded)
         for site in plan.sites.values():
+            if not ctx.budget.take(site.site):
+                continue
             linear = linears.get(site.site)
             if site.kind == "embedding":
                 what = lower_embedding(model.graph, embeddings[site.site], site)

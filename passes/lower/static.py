@@ -37,12 +37,13 @@ class StaticLowering:
         }
         self._params: dict[str, tuple[ir.Value, ir.Value, float]] = {}
         self._dequantized: dict[str, ir.Value] = {}
-        self._written = [s.output for s in plan.sites.values() if s.output]
+        self._written: list[str] = []
 
     def lower_linear(self, linear: Linear, site: SitePlan) -> str:
         """Let a linear layer read dequantized codes on both sides."""
         if site.weight is None:
             raise InternalError("PLAN-WEIGHT", f"{site.site} has no weight plan")
+        self._note_output(site)
         name = site.inputs[0]
         array, in_axis, out_axis = weight_as_read(linear)
         solved = self._rounded.get(site.site)
@@ -65,10 +66,15 @@ class StaticLowering:
 
     def lower_op(self, node: ir.Node, site: SitePlan) -> str:
         """Let an operator without weights read dequantized codes."""
+        self._note_output(site)
         for index, read in enumerate(node.inputs):
             if read is not None and read.name in site.inputs:
                 node.replace_input_with(index, self._dequantized_activation(str(read.name)))
         return "Q/DQ"
+
+    def _note_output(self, site: SitePlan) -> None:
+        if site.output:
+            self._written.append(site.output)
 
     def finish(self) -> None:
         """Quantize what integer kernels write: then all readers see the codes."""

@@ -20,7 +20,7 @@ from onnxq.calibration.statistics import Statistics
 from onnxq.errors import SpecError
 from onnxq.formats import IntFormat
 from onnxq.graph.match import analyze
-from onnxq.passes.contract import Context, Pass, PassReport
+from onnxq.passes.contract import Budget, Context, Pass, PassReport
 from onnxq.passes.keys import PLAN, STATISTICS
 from onnxq.passes.transform.scaling_sites import (
     Float,
@@ -86,12 +86,17 @@ class SmoothQuant(Pass):
         report.skipped.extend(skipped)
         for done, site in enumerate(sites):
             ctx.progress("smooth-quant", done, len(sites))
-            self._smooth(model.graph, site, statistics, report)
+            self._smooth(model.graph, site, statistics, report, ctx.budget)
         ctx.progress("smooth-quant", len(sites), len(sites))
         return report
 
     def _smooth(
-        self, graph: ir.Graph, site: ScalingSite, statistics: Statistics, report: PassReport
+        self,
+        graph: ir.Graph,
+        site: ScalingSite,
+        statistics: Statistics,
+        report: PassReport,
+        budget: Budget,
     ) -> None:
         if site.writer == "mul" and self.mul == "none":
             report.skip(site.name, "1/s cannot be folded, and mul=none")
@@ -99,6 +104,8 @@ class SmoothQuant(Pass):
         scale, what = self._choose(site, statistics)
         if scale is None:
             report.skip(site.name, what)
+            return
+        if not budget.take(site.name):
             return
         apply_scale(graph, site, site.constrain(scale))
         places = {"norm": "norm", "value": "value layer", "up": "up layer", "mul": "a Mul"}

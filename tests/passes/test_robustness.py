@@ -22,8 +22,10 @@ from onnxq.pipeline.runner import Pipeline
 
 from . import helpers as h
 
-CLOSE = 0.98
-RECIPES = ["w8a8", "w8a8-dynamic", "w4"]
+CLOSE = {"w8a8": 0.98, "w8a8-dynamic": 0.98, "w4": 0.95}
+"""Least cosine on random inputs; four bits are coarse for a classifier of a few layers."""
+
+RECIPES = list(CLOSE)
 ODD = [path for path in h.shared_models() if path.startswith("odd/")]
 FEW = [path for path in ODD if path.split("/")[-1] in ("mnist.onnx", "akiki-vad.onnx")]
 
@@ -42,7 +44,7 @@ def transformed(path: Path, name: str) -> None:
         assert list(before) == list(after)
         for key, array in before.items():
             if isinstance(array, np.ndarray) and array.dtype.kind == "f":
-                assert h.cosine(array, after[key]) > CLOSE, key
+                assert h.cosine(array, after[key]) > CLOSE[name], key
     sites = h.report_of(result, "assign")
     assert sites.changed or sites.skipped, "nothing was done and nothing said"
 

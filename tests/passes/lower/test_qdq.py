@@ -11,12 +11,14 @@ import onnx_ir as ir
 import pytest
 
 from onnxq.errors import PreconditionError
-from onnxq.passes.contract import Pass
+from onnxq.graph.edit import validate
+from onnxq.passes.contract import Budget, Context, DeclaredArtifacts, Pass
 from onnxq.passes.decide.assign import Assign
 from onnxq.passes.decide.calibrate import Calibrate
 from onnxq.passes.decide.partial import Partial
 from onnxq.passes.lower.qdq import Qdq
 from onnxq.passes.prepare.canonicalize import Canonicalize
+from onnxq.passes.targets import parse_target
 
 from .. import helpers as h
 from ..blocks import MASKS, Block, block, samples
@@ -439,3 +441,21 @@ def test_a_quantized_model_is_quantized_no_further() -> None:
     assert not h.report_of(again, "assign").changed
     assert "quantized already" in h.reasons(h.report_of(again, "assign"))
     h.assert_same_function(once, again.model, feeds)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 4])
+def test_a_budget_lowers_only_the_first_sites(limit: int) -> None:
+    """``--bisect`` runs the pass with fewer and fewer rewrites; each model must be valid."""
+    model, feeds = cnn()
+    clean = h.apply(model, Canonicalize())
+    planned = h.apply(clean.model, Calibrate(), Assign(), samples=feeds)
+    budget, how = Budget(limit), Qdq()
+    done = ir.from_proto(ir.to_proto(planned.model))
+    artifacts = DeclaredArtifacts(planned.artifacts, how)
+    context = Context(artifacts, parse_target("cpu"), None, None, model, budget=budget)
+    report = how.run(done, context)
+    validate(done)
+    assert len(report.changed) == len(budget.sites) == limit
+    assert (h.ops(done)["QuantizeLinear"] > 0) is (limit > 0)
+    exact = h.run(model, feeds[0])["y"]
+    assert h.cosine(exact, h.run(done, feeds[0])["y"]) > CLOSE
