@@ -46,11 +46,12 @@ class WeightPlan:
     """How one constant weight is stored.
 
     Args:
-        format: integer format, for example ``int8`` or ``int4``.
+        format: for example ``int8`` or ``int4``; any format where activations stay float.
         symmetric: the zero point lies in the middle of the code range.
         per_channel: one scale an output channel (or table row) instead of one in all.
         block: elements along the reduction axis that share a scale; 0 for none.
         method: how scales are chosen, ``minmax`` or ``mse``.
+        same_as: site of the layer whose codes an embedding table reads; empty for its own.
     """
 
     format: str
@@ -58,6 +59,7 @@ class WeightPlan:
     per_channel: bool = True
     block: int = 0
     method: WeightMethod = "minmax"
+    same_as: str = ""
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,8 @@ BUILTIN: Final[Mapping[str, Entry]] = {
         sanity="Sanity",
         sensitivity="Sensitivity",
         auto_partial="AutoPartial",
+        set_format="SetFormat",
+        assign_format="AssignFormat",
     ),
     **_builtin(
         "weights", sequential="Sequential", gptq="Gptq", gpfq="Gpfq", opt_rtn="OptRtn", hqq="Hqq"

@@ -14,6 +14,7 @@ The decisions follow what onnxruntime computes in integers and what that costs i
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -239,7 +240,7 @@ class Assign(Pass):
                         name,
                         "embedding",
                         "weight-only",
-                        weight=WeightPlan(self.embeddings),
+                        weight=_table_plan(self.embeddings),
                         by=self.name,
                         why=f"table of {tensor.nbytes:,} bytes",
                     )
@@ -282,6 +283,13 @@ class Assign(Pass):
             plan.values[value] = ValuePlan(
                 name, lo, hi, symmetric, rule.method, same_as=shares.get(value)
             )
+
+
+def _table_plan(name: str) -> WeightPlan:
+    """An embedding table in ``name``; with a block only where the format names one."""
+    fmt = _integer_format(name)
+    plain = dataclasses.replace(fmt, block=0)
+    return WeightPlan(str(plain), block=fmt.block)
 
 
 def _element_type(linear: Linear) -> ir.DataType | None:

@@ -85,7 +85,7 @@ def lower_to_decode(model: ir.Model, linear: Linear, weight: RoundedWeight, bits
     name = f"Decode{bits}{kind.capitalize()}{weight.scale_type.capitalize()}"
     _attach(model, name, bits, kind, weight.scale_type)
     _, in_axis, _ = weight_as_read(linear)
-    attributes = {
+    attributes: dict[str, int | float | list[int]] = {
         "count": padded.size,
         "grouped": [rows * groups, weight.group],
         "wide": [rows, groups * weight.group],

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from onnxq.calibration.requests import StatRequest
 from onnxq.formats import Format, IntFormat, Params, parse_format
 from onnxq.graph.match import Linear, analyze
-from onnxq.passes.contract import Context, Pass, PassReport
+from onnxq.passes.contract import Context, Key, Pass, PassReport
 from onnxq.passes.keys import PLAN, ROUNDED, STATISTICS
 from onnxq.passes.plan import SitePlan, WeightPlan
 from onnxq.passes.weights.rounded import RoundedWeight, RoundedWeights
@@ -42,7 +42,7 @@ class WeightRounding(Pass):
         layers: globs of the sites to round; all by default.
     """
 
-    requires: ClassVar = (PLAN, STATISTICS)
+    requires: ClassVar[tuple[Key[Any], ...]] = (PLAN, STATISTICS)
     uses: ClassVar = (ROUNDED,)
     provides: ClassVar = (ROUNDED,)
     tolerance: ClassVar[float | None] = 0.0
