@@ -36,7 +36,7 @@ except Exception as error:
 """
 
 _MESSAGE_LENGTH = 600
-_HINT = "run `onnxq inspect` on the model; a custom operator needs its library (--library)"
+_HINT = "run `onnxq inspect` on the model"
 
 
 def check_loads(
@@ -123,7 +123,7 @@ def _refused(source: Path, message: str) -> DataError | UnsupportedError:
         return UnsupportedError(
             "UNSUPPORTED-CUSTOM-OP",
             f"onnxruntime lacks an operator that {source} uses: {text}",
-            "name the library that brings the operator, or export the model without it",
+            "export the model without it; libraries of operators are not loaded",
         )
     return DataError("DATA-ORT-REFUSED", f"onnxruntime cannot load {source}: {text}", _HINT)
 

@@ -214,6 +214,27 @@ def _first_line(error: BaseException) -> str:
 def size_on_disk(path: str | os.PathLike[str]) -> int:
     """Bytes of a model file and of the external data files that it names."""
     source = Path(path)
+    files, total = _files_of(source)
+    for file in files:
+        try:
+            total += file.lstat().st_size
+        except OSError as error:
+            raise DataError(
+                "DATA-EXTERNAL-MISSING",
+                f"external data {str(file.relative_to(source.parent))!r} does not exist in "
+                f"{source.parent}",
+                "copy the data file together with the model",
+            ) from error
+    return total
+
+
+def data_files(path: str | os.PathLike[str]) -> list[Path]:
+    """The external data files that a model names, whether they exist or not."""
+    return _files_of(Path(path))[0]
+
+
+def _files_of(source: Path) -> tuple[list[Path], int]:
+    """The external data files that a model names, and the size of the model file itself."""
     with open_model_file(source) as (descriptor, size):
         refuse_other_formats(source, descriptor, size)
         proto, _ = _parse(source, descriptor, size)
@@ -222,14 +243,4 @@ def size_on_disk(path: str | os.PathLike[str]) -> int:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             fields = {entry.key: entry.value for entry in tensor.external_data}
             locations.add(check_location(fields.get("location", "")))
-    total = size
-    for location in locations:
-        try:
-            total += source.parent.joinpath(location).lstat().st_size
-        except OSError as error:
-            raise DataError(
-                "DATA-EXTERNAL-MISSING",
-                f"external data {str(location)!r} does not exist in {source.parent}",
-                "copy the data file together with the model",
-            ) from error
-    return total
+    return [source.parent.joinpath(location) for location in sorted(locations)], size

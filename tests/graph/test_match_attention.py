@@ -259,6 +259,18 @@ def test_channels_are_followed_from_v_to_o(case: str) -> None:
     mh.assert_scaling_changes_nothing(model, way, {"x": RNG.normal(size=(2, 3, 8))})
 
 
+def test_channels_are_followed_in_a_model_of_fixed_size() -> None:
+    body = _block("v = Identity(vt)", MERGE, kv=4).replace("2,3,8", "1,5,8")
+    for free, fixed in (("{0, 0, 4, 2}", "{1, 5, 4, 2}"), ("{0, 0, 8}", "{-1, 5, 8}")):
+        body = body.replace(free, fixed)
+    model = mh.model_from(body)
+    structure = analyze(model)
+    way = structure.v_to_o(structure.attentions[0])
+    assert isinstance(way, ValueToOutput), way
+    assert way.channel_map == tuple(range(8))
+    mh.assert_scaling_changes_nothing(model, way, {"x": RNG.normal(size=(1, 5, 8))})
+
+
 NO_WAY = {
     "v is an output too": (
         _block("v = Identity(vt)", MERGE, 4, ", float[2,4,3,2] v"),

@@ -11,6 +11,7 @@ small batch and length, not by recognising layouts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -38,6 +39,8 @@ _Ids = npt.NDArray[np.int64]
 
 #: Batch and length of the array that is sent through; small, different, and not 1.
 _BATCH, _LENGTH = 2, 3
+#: Elements of that array for a model of fixed size; beyond, the small one is tried.
+_MAX_IDS = 1 << 24
 _MAX_STEPS = 32
 #: These read only the shape of a value, so a scale on the value does not reach them.
 SHAPE_READERS = ("Shape", "Size")
@@ -104,13 +107,14 @@ def _follow(attention: Attention | FusedAttention, linears: tuple[Linear, ...]) 
     if value.kind == "conv" or output.kind == "conv":
         raise _NoWayError("a Conv is not followed by channel")
     ids = _channel_ids(value)
+    positions = ids.size // value.out_features
     for node in before:
         ids = _move(node, ids)
     before_heads = ids
     ids, head_dim = _attend(attention, ids)
     for node in after:
         ids = _move(node, ids)
-    channel_map = _read_map(ids, value.out_features, output.in_features)
+    channel_map = _read_map(ids, value.out_features, output.in_features, positions)
     kv_channels = len(set(channel_map))
     if head_dim <= 0 or len(channel_map) % head_dim or kv_channels % head_dim:
         raise _NoWayError(
@@ -200,9 +204,13 @@ def _channel_ids(linear: Linear) -> _Ids:
     """``position * N + channel`` in the shape of the layer's output."""
     shape = static_shape(linear.output) or static_shape(linear.x)
     is_flat = linear.kind == "gemm" or (shape is not None and len(shape) == 2)
-    lead = (_BATCH * _LENGTH,) if is_flat else (_BATCH, _LENGTH)
+    lead: tuple[int, ...] = (_BATCH * _LENGTH,) if is_flat else (_BATCH, _LENGTH)
     n = linear.out_features
-    return np.arange(_BATCH * _LENGTH * n, dtype=np.int64).reshape(*lead, n)
+    # A model of fixed size may have its batch and length in the targets of its Reshapes.
+    if shape is not None and len(shape) == len(lead) + 1:
+        fixed = tuple(d or free for d, free in zip(shape, lead, strict=False))
+        lead = fixed if math.prod(fixed) * n <= _MAX_IDS else lead
+    return np.arange(math.prod(lead) * n, dtype=np.int64).reshape(*lead, n)
 
 
 def _attend(attention: Attention | FusedAttention, ids: _Ids) -> tuple[_Ids, int]:
@@ -218,7 +226,9 @@ def _attend(attention: Attention | FusedAttention, ids: _Ids) -> tuple[_Ids, int
     return repeated.reshape(*ids.shape[:2], -1), head_dim
 
 
-def _read_map(ids: _Ids, value_channels: int, output_channels: int) -> tuple[int, ...]:
+def _read_map(
+    ids: _Ids, value_channels: int, output_channels: int, positions: int
+) -> tuple[int, ...]:
     """The channel at each last index, after a check that it is the same at every position."""
     if ids.shape[-1] != output_channels:
         raise _NoWayError(
@@ -226,8 +236,8 @@ def _read_map(ids: _Ids, value_channels: int, output_channels: int) -> tuple[int
         )
     rows = ids.reshape(-1, output_channels)
     position, channel = np.divmod(rows, value_channels)
-    expected = np.arange(_BATCH * _LENGTH)[:, None]
-    if rows.shape[0] != _BATCH * _LENGTH or not np.array_equal(
+    expected = np.arange(positions)[:, None]
+    if rows.shape[0] != positions or not np.array_equal(
         position, np.broadcast_to(expected, rows.shape)
     ):
         raise _NoWayError("tokens and channels are mixed between the value and the output layer")
