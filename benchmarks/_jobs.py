@@ -65,6 +65,19 @@ def onnxq_run(options: Options) -> dict[str, Any]:
     return {"cosine": summary.cosine, "samples": summary.samples}
 
 
+def onnxq_passes(options: Options) -> dict[str, Any]:
+    """Passes alone, without checks of the output: ``model``, ``passes``, ``out``, ``feeds``."""
+    import onnxq
+    from onnxq.calibration.data import open_data
+    from onnxq.graph import io
+
+    model = io.load(options["model"])
+    data = open_data(options["feeds"], model) if options.get("feeds") else None
+    result = onnxq.Pipeline(options["passes"]).run(model, data=data, verify=False)
+    io.save(result.model, options["out"])
+    return {"changed": sum(len(step.report.changed) for step in result.reports)}
+
+
 def onnxq_calibrate(options: Options) -> None:
     """Collect statistics and choose ranges, nothing else: ``model``, ``method``, ``feeds``."""
     import onnxq
@@ -140,15 +153,29 @@ def _weight_nodes(path: str) -> list[str]:
 
 
 def ort_w4(options: Options) -> None:
-    """``MatMulNBitsQuantizer``: ``model``, ``out``; blocks of 32, symmetric, int8 arithmetic."""
+    """``MatMulNBitsQuantizer``: ``model``, ``out``; int8 arithmetic.
+
+    ``block`` (32), ``symmetric`` (true), ``method`` (``default`` or ``hqq``), ``exclude``: nodes
+    that stay float.
+    """
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import (
         DefaultWeightOnlyQuantConfig,
+        HQQWeightOnlyQuantConfig,
         MatMulNBitsQuantizer,
     )
 
-    config = DefaultWeightOnlyQuantConfig(block_size=32, is_symmetric=True, accuracy_level=4)
-    quantizer = MatMulNBitsQuantizer(onnx.load(options["model"]), algo_config=config)
+    block = options.get("block", 32)
+    config: Any = DefaultWeightOnlyQuantConfig(
+        block_size=block, is_symmetric=options.get("symmetric", True), accuracy_level=4
+    )
+    if options.get("method") == "hqq":
+        config = HQQWeightOnlyQuantConfig(block_size=block, bits=4)
+    quantizer = MatMulNBitsQuantizer(
+        onnx.load(options["model"]),
+        algo_config=config,
+        nodes_to_exclude=options.get("exclude", []),
+    )
     quantizer.process()
     quantizer.model.save_model_to_file(options["out"])
 
@@ -180,8 +207,8 @@ class _Reader:
 JOBS: dict[str, Job] = {
     job.__name__: job
     for job in (
-        build_model, write_feeds, write_image_feeds, onnxq_run, onnxq_calibrate, ort_calibrate,
-        ort_dynamic, ort_prepare, ort_static, ort_w4,
+        build_model, write_feeds, write_image_feeds, onnxq_run, onnxq_passes, onnxq_calibrate,
+        ort_calibrate, ort_dynamic, ort_prepare, ort_static, ort_w4,
     )
 }  # fmt: skip
 

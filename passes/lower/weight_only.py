@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from onnxq.errors import InternalError, PreconditionError
 from onnxq.formats import IntFormat, parse_format
+from onnxq.formats.integer import Scheme
 from onnxq.formats.packing import pack_bits
 from onnxq.graph.edit import Names, add_initializer, insert_before, replace_value
 from onnxq.graph.match import Linear
@@ -75,9 +76,11 @@ def _lower_to_nbits(
     graph = model.graph
     names = Names(graph)
     if rounded is None:
-        weight = quantize_weight(_rows(linear), plan, in_axis=1, out_axis=0)
-    else:
-        weight = take_rounded(rounded, plan, in_axis=1)
+        # Signed scales put the largest weight on the lowest code: up to 1 dB at 4 bits.
+        scheme: Scheme = "full" if plan.symmetric else "asym"
+        fmt = dataclasses.replace(integer_format(plan.format), block=0, scheme=scheme)
+        rounded = to_nearest(_rows(linear), fmt, plan)
+    weight = take_rounded(rounded, plan, in_axis=1)
     base = f"{linear.name}_weight"
     # MatMulNBits reads unsigned codes: a signed format's zero becomes the middle.
     shift = 1 << (bits - 1) if integer_format(plan.format).signed else 0
