@@ -103,6 +103,14 @@ bool ScaleTypeOf(ElementType type, bool exponents, ScaleType* out) {
   }
 }
 
+bool IsE4M3(const float* levels) {
+  for (int i = 0; i < 256; ++i) {
+    const float number = FromE4M3(static_cast<uint8_t>(i));
+    if (levels[i] != number && !(std::isnan(levels[i]) && std::isnan(number))) return false;
+  }
+  return true;
+}
+
 // Sets kind, offset, bytes and top from the levels. False when activations are integers and the
 // levels are not, or do not fit in a byte.
 bool ClassifyLevels(const QuantMatMulAttributes& a, const float* levels, QuantWeights* w) {
@@ -118,12 +126,7 @@ bool ClassifyLevels(const QuantMatMulAttributes& a, const float* levels, QuantWe
     return true;
   }
   if (a.bits == 8) {
-    bool e4m3 = true;
-    for (int i = 0; i < count && e4m3; ++i) {
-      const float number = FromE4M3(static_cast<uint8_t>(i));
-      e4m3 = levels[i] == number || (std::isnan(levels[i]) && std::isnan(number));
-    }
-    w->kind = e4m3 ? LevelKind::kE4M3 : LevelKind::kTable256;
+    w->kind = LevelKind::kTable256;
     return !a.int8_activations;
   }
   w->kind = LevelKind::kTable16;
@@ -168,6 +171,7 @@ ort::OrtStatus* Prepare(const Api& api, const QuantMatMulAttributes& a,
                  "scales of element type " + std::to_string(static_cast<int>(scales.type)) +
                      (a.exponent_scales ? " as exponents" : ""));
   w->codes = static_cast<const uint8_t*>(codes.data);
+  w->code_count = panels * w->steps * 16 * a.bits;
   w->scales = scales.data;
   w->zero_points = static_cast<const int8_t*>(zeros.data);
   if (zeros.shape != expected[2]) {
@@ -178,6 +182,12 @@ ort::OrtStatus* Prepare(const Api& api, const QuantMatMulAttributes& a,
     return Error(api, kName, "with integer activations levels must be integers 255 apart at most");
   *bias = {static_cast<const float*>(biases.data), biases.shape == expected[4] ? 1 : 0};
   return nullptr;
+}
+
+bool HasNanCodes(const QuantWeights& w) {
+  int found = 0;
+  for (int64_t i = 0; i < w.code_count; ++i) found |= (w.codes[i] & 0x7f) == 0x7f;
+  return found != 0;
 }
 
 // Only where scales are constants of the model; later it would cost as much as the product.
@@ -253,6 +263,11 @@ ort::OrtStatus* QuantMatMul<type>::Create(const Api& api, const ort::OrtKernelIn
   ONNXQ_RETURN_IF_ERROR(
       Prepare(api, kernel->attributes_, constants, &kernel->weights_, &kernel->bias_));
   ONNXQ_RETURN_IF_ERROR(CheckScales(api, kernel->weights_));
+  // The quick conversion of E4M3 knows no NaN, so it is for weights that were looked through.
+  if (kernel->weights_.kind == LevelKind::kTable256 && IsE4M3(kernel->weights_.levels) &&
+      !HasNanCodes(kernel->weights_)) {
+    kernel->weights_.kind = LevelKind::kE4M3;
+  }
   kernel->prepared_ = true;
   return nullptr;
 }

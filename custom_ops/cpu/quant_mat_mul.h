@@ -23,7 +23,7 @@ enum class LevelKind : int {
   kTable16,   // 4-bit codes, 16 levels
   kAffine4,   // 4-bit codes, level = code + offset
   kAffine8,   // 8-bit codes, level = code + offset
-  kE4M3,      // 8-bit codes that are the FP8 numbers themselves
+  kE4M3,      // 8-bit codes that are the FP8 numbers themselves, none of them NaN
   kTable256,  // 8-bit codes, 256 levels
 };
 
@@ -45,6 +45,7 @@ struct QuantBias {
 
 struct QuantWeights {
   const uint8_t* codes;       // [P, J, 16 * bits] packed
+  int64_t code_count;         // of their bytes
   const void* scales;         // [P, G, 32] of scale_type
   const int8_t* zero_points;  // [P, G, 32], or null: none (one for all is in the levels)
   ScaleType scale_type;

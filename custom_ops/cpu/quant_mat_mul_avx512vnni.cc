@@ -80,6 +80,24 @@ ONNXQ_NOINLINE void ConvertScales(ScaleType type, const void* scales, int64_t at
   }
 }
 
+// E4M3 numbers other than NaN, from the byte at `shift` of each lane. S.EEEE.MMM becomes the half
+// S.0EEEE.MMM0000000, whose exponent is eight too small; conversion from halves knows subnormals
+// even when the processor is told to flush them.
+ONNXQ_INLINE inline __m512 Numbers(__m512i codes, int shift) {
+  const __m512i top = _mm512_sll_epi32(codes, _mm_cvtsi32_si128(24 - shift));
+  const __m512i half = _mm512_and_si512(_mm512_srai_epi32(top, 17), _mm512_set1_epi32(0xbf80));
+  return _mm512_mul_ps(_mm512_cvtph_ps(_mm512_cvtepi32_epi16(half)), _mm512_set1_ps(0x1p8F));
+}
+
+// The step 2 KiB ahead: the hardware alone falls behind where there is much to do with each byte.
+template <int64_t bytes>
+ONNXQ_INLINE inline void Prefetch(const uint8_t* codes) {
+  constexpr int64_t kAhead = 2048;
+  for (int64_t line = 0; line < bytes; line += 64) {
+    _mm_prefetch(reinterpret_cast<const char*>(codes + kAhead + line), _MM_HINT_T0);
+  }
+}
+
 // Codes of the columns 16 h to 16 h + 15, as unsigned levels less the offset.
 template <LevelKind kind>
 ONNXQ_INLINE inline void LoadStep(const uint8_t* codes, __m512i table, __m512i (&out)[2]) {
@@ -192,7 +210,6 @@ struct Avx512vnni {
     // Scales are converted some groups ahead: a conversion between the sums would push them out of
     // their registers.
     constexpr int64_t kAhead = 16;
-    constexpr int64_t kPrefetch = 2048;  // bytes; the hardware alone falls behind with many rows
     alignas(64) float scales[kAhead * kPanel];
     __m512 sum[rows][2];
     Each<rows>([&](auto r) ONNXQ_INLINE { sum[r][0] = sum[r][1] = _mm512_setzero_ps(); });
@@ -216,10 +233,7 @@ struct Avx512vnni {
       for (int64_t i = 0; i < steps; ++i, q += 4, codes += kBytes) {
         __m512i b[2];
         LoadStep<kind>(codes, table, b);
-        _mm_prefetch(reinterpret_cast<const char*>(codes + kPrefetch), _MM_HINT_T0);
-        if constexpr (kBytes == 128) {
-          _mm_prefetch(reinterpret_cast<const char*>(codes + kPrefetch + 64), _MM_HINT_T0);
-        }
+        Prefetch<kBytes>(codes);
         Each<rows>([&](auto r) ONNXQ_INLINE {
           const __m512i a = Broadcast4(q + r * p.q_stride);
           Each<2>([&](auto v) ONNXQ_INLINE { Dot(&acc[r][v], b[v], a); });
@@ -242,12 +256,12 @@ struct Avx512vnni {
   template <LevelKind kind>
   ONNXQ_INLINE static inline __m512 Levels(const QuantWeights& w, __m512 table, __m512i codes,
                                            int shift) {
+    if constexpr (kind == LevelKind::kE4M3) return Numbers(codes, shift);
     const __m512i code = _mm512_srl_epi32(codes, _mm_cvtsi32_si128(shift));
     if constexpr (kind == LevelKind::kTable16) {
       return _mm512_permutexvar_ps(code, table);  // looks at four bits only
     } else {
       const __m512i byte = _mm512_and_si512(code, _mm512_set1_epi32(255));
-      if constexpr (kind == LevelKind::kE4M3) return FromE4M3(byte);
       if constexpr (kind == LevelKind::kAffine8) {
         return _mm512_cvtepi32_ps(_mm512_add_epi32(byte, _mm512_set1_epi32(w.offset)));
       }
@@ -352,62 +366,57 @@ struct Avx512vnni {
   }
 
   // One row, one or two panels side by side: twice as many sums that do not wait for each other.
-  ONNXQ_NOINLINE static void FloatPanels(const QuantProduct& p, int64_t panel, int64_t count,
-                                         float* sums) {
-    const QuantWeights& w = *p.weights;
-    const __m512 table = _mm512_loadu_ps(w.levels);
-    const bool has_zeros = w.zero_points != nullptr;
-    WithKind(w, [&](auto kind) {
-      constexpr int64_t kBytes = kind == LevelKind::kTable16 ? 64 : 128;
-      __m512 acc[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(),
-                       _mm512_setzero_ps()};
-      const uint8_t* codes[2] = {w.codes + panel * w.steps * kBytes,
-                                 w.codes + (panel + count - 1) * w.steps * kBytes};
-      for (int64_t g = 0; g < w.groups; ++g) {
-        __m512 scale[2][2];
-        __m512 zero[2][2];
-        LoadGroup(w, panel, g, scale[0], zero[0]);
-        LoadGroup(w, panel + count - 1, g, scale[1], zero[1]);
-        const int64_t end = std::min(4 * (g + 1) * w.group_steps, w.k);
-        int64_t k = 4 * g * w.group_steps;
-        const auto step = [&](const float* x) {
-          Step<kind>(w, table, codes[0], scale[0], zero[0], has_zeros,
-                     [&](int kk, __m512 a, __m512 b) {
-                       const __m512 now = _mm512_set1_ps(x[kk]);
-                       acc[0] = _mm512_fmadd_ps(now, a, acc[0]);
-                       acc[1] = _mm512_fmadd_ps(now, b, acc[1]);
-                     });
-          codes[0] += kBytes;
-          if (count == 1) return;
-          Step<kind>(w, table, codes[1], scale[1], zero[1], has_zeros,
-                     [&](int kk, __m512 a, __m512 b) {
-                       const __m512 now = _mm512_set1_ps(x[kk]);
-                       acc[2] = _mm512_fmadd_ps(now, a, acc[2]);
-                       acc[3] = _mm512_fmadd_ps(now, b, acc[3]);
-                     });
-          codes[1] += kBytes;
-        };
-        for (; k + 4 <= end; k += 4) step(p.x + k);
-        if (k < end) Tail<kind>(p, table, k, end, codes, scale, zero, count, acc);
+  static void FloatPanels(const QuantProduct& p, int64_t panel, int64_t count, float* sums) {
+    WithKind(*p.weights, [&](auto kind) {
+      if (count == 2) {
+        FloatPanelsOf<kind, 2>(p, panel, sums);
+      } else {
+        FloatPanelsOf<kind, 1>(p, panel, sums);
       }
-      for (int64_t v = 0; v < 2 * count; ++v) _mm512_store_ps(sums + v * kLanes, acc[v]);
     });
   }
 
-  // The last one to three k, which fill no step.
-  template <LevelKind kind>
-  static void Tail(const QuantProduct& p, __m512 table, int64_t k, int64_t end,
-                   const uint8_t* const (&codes)[2], const __m512 (&scale)[2][2],
-                   const __m512 (&zero)[2][2], int64_t count, __m512 (&acc)[4]) {
-    for (int64_t i = 0; i < count; ++i) {
-      Step<kind>(*p.weights, table, codes[i], scale[i], zero[i], true,
-                 [&](int kk, __m512 a, __m512 b) {
-                   if (k + kk >= end) return;
-                   const __m512 now = _mm512_set1_ps(p.x[k + kk]);
-                   acc[2 * i] = _mm512_fmadd_ps(now, a, acc[2 * i]);
-                   acc[2 * i + 1] = _mm512_fmadd_ps(now, b, acc[2 * i + 1]);
-                 });
+  template <LevelKind kind, int panels>
+  ONNXQ_NOINLINE static void FloatPanelsOf(const QuantProduct& p, int64_t panel, float* sums) {
+    constexpr int64_t kBytes = kind == LevelKind::kTable16 ? 64 : 128;
+    const QuantWeights& w = *p.weights;
+    const __m512 table = _mm512_loadu_ps(w.levels);
+    const bool has_zeros = w.zero_points != nullptr;
+    const uint8_t* codes = w.codes + panel * w.steps * kBytes;
+    const int64_t apart = w.steps * kBytes;
+    __m512 acc[2 * panels];
+    Each<2 * panels>([&](auto v) ONNXQ_INLINE { acc[v] = _mm512_setzero_ps(); });
+    for (int64_t g = 0; g < w.groups; ++g) {
+      __m512 scale[panels][2];
+      __m512 zero[panels][2];
+      Each<panels>([&](auto i) ONNXQ_INLINE { LoadGroup(w, panel + i, g, scale[i], zero[i]); });
+      const int64_t end = std::min(4 * (g + 1) * w.group_steps, w.k);
+      int64_t k = 4 * g * w.group_steps;
+      for (; k + 4 <= end; k += 4, codes += kBytes) {
+        Each<panels>([&](auto i) ONNXQ_INLINE {
+          Prefetch<kBytes>(codes + i * apart);
+          Step<kind>(w, table, codes + i * apart, scale[i], zero[i], has_zeros,
+                     [&](int kk, __m512 a, __m512 b) ONNXQ_INLINE {
+                       const __m512 x = _mm512_set1_ps(p.x[k + kk]);
+                       acc[2 * i] = _mm512_fmadd_ps(x, a, acc[2 * i]);
+                       acc[2 * i + 1] = _mm512_fmadd_ps(x, b, acc[2 * i + 1]);
+                     });
+        });
+      }
+      // The last one to three k fill no step.
+      for (int64_t last = k; last < end; ++last) {
+        Each<panels>([&](auto i) ONNXQ_INLINE {
+          Step<kind>(w, table, codes + i * apart, scale[i], zero[i], has_zeros,
+                     [&](int kk, __m512 a, __m512 b) ONNXQ_INLINE {
+                       const __mmask16 now = k + kk == last ? __mmask16{0xffff} : __mmask16{0};
+                       const __m512 x = _mm512_set1_ps(p.x[last]);
+                       acc[2 * i] = _mm512_mask3_fmadd_ps(x, a, acc[2 * i], now);
+                       acc[2 * i + 1] = _mm512_mask3_fmadd_ps(x, b, acc[2 * i + 1], now);
+                     });
+        });
+      }
     }
+    Each<2 * panels>([&](auto v) ONNXQ_INLINE { _mm512_store_ps(sums + v * kLanes, acc[v]); });
   }
 
   static __m512 Finish(const float* sums, const float* scale, const float* bias, int64_t bias_step,
