@@ -10,7 +10,6 @@ from onnxq.formats import IntFormat, affine_params
 from onnxq.graph.edit import Names, add_initializer, insert_after, insert_before, replace_value
 from onnxq.graph.match import Linear
 from onnxq.passes.lower.weights import (
-    Float,
     QuantizedWeight,
     integer_format,
     quantize_weight,
@@ -48,21 +47,20 @@ class StaticLowering:
         array, in_axis, out_axis = weight_as_read(linear)
         solved = self._rounded.get(site.site)
         if solved is None:
-            least = self._least_weight_scale(linear, name)
-            weight = quantize_weight(
-                array, site.weight, in_axis=in_axis, out_axis=out_axis, least_scale=least
-            )
+            weight = quantize_weight(array, site.weight, in_axis=in_axis, out_axis=out_axis)
         else:
             weight = take_rounded(solved, site.weight, in_axis=in_axis)
         linear.node.replace_input_with(0, self._dequantized_activation(name))
         linear.node.replace_input_with(
             linear.weight_index, self._dequantize_weight(linear, weight, site.weight.format)
         )
-        if linear.kind == "gemm" and linear.bias_add is None:
-            self._quantize_bias(linear, weight, self._params[name][2])
-        if not site.weight.per_channel:
-            return f"Q/DQ, {site.weight.format} per tensor"
-        return f"Q/DQ, {site.weight.format} per channel"
+        granularity = "per channel" if site.weight.per_channel else "per tensor"
+        what = f"Q/DQ, {site.weight.format} {granularity}"
+        if linear.kind != "gemm" or linear.bias is None or linear.bias_add is not None:
+            return what
+        if self._quantize_bias(linear, weight, self._params[name][2]):
+            return what
+        return f"{what}; the bias stays float, it does not fit into int32"
 
     def lower_op(self, node: ir.Node, site: SitePlan) -> str:
         """Let an operator without weights read dequantized codes."""
@@ -144,14 +142,6 @@ class StaticLowering:
         self._params[name] = found
         return found
 
-    def _least_weight_scale(self, linear: Linear, activation: str) -> Float | None:
-        """Smallest weight scales with which the bias fits into int32, for fused biases."""
-        bias = linear.b
-        if bias is None or linear.bias_add is not None:
-            return None
-        scale = self._activation_params(activation)[2]
-        return np.asarray(np.abs(bias) / (scale * INT32_MAX), np.float32)
-
     def _dequantize_weight(
         self, linear: Linear, weight: QuantizedWeight, fmt_name: str
     ) -> ir.Value:
@@ -170,16 +160,22 @@ class StaticLowering:
         attributes = {} if weight.axis is None else {"axis": weight.axis}
         return self._dequantize(linear, inputs, attributes, base)
 
-    def _quantize_bias(self, linear: Linear, weight: QuantizedWeight, activation: float) -> None:
+    def _quantize_bias(self, linear: Linear, weight: QuantizedWeight, activation: float) -> bool:
         """The bias in int32 at the scale of the accumulator, as onnxruntime's QGemm takes it.
 
         A Conv's bias stays float: onnxruntime rounds it by itself when it fuses.
+
+        Returns:
+            whether it fits; a channel of tiny weights has too fine a scale, and then the bias
+            stays float and so does the product.
         """
         bias = linear.b
         if bias is None or linear.bias is None:
-            return
+            return True
         scale = np.broadcast_to(weight.scale * np.float32(activation), bias.shape)
-        codes = np.rint(bias.astype(np.float64) / scale).clip(-INT32_MAX, INT32_MAX)
+        codes = np.rint(bias.astype(np.float64) / scale)
+        if (np.abs(codes) > INT32_MAX).any():
+            return False
         base = f"{linear.name}_bias"
         inputs = [
             add_initializer(
@@ -191,6 +187,7 @@ class StaticLowering:
         ]
         index = next(i for i, v in enumerate(linear.node.inputs) if v is linear.bias)
         linear.node.replace_input_with(index, self._dequantize(linear, inputs, {"axis": 0}, base))
+        return True
 
     def _dequantize(
         self, linear: Linear, inputs: list[ir.Value], attributes: dict[str, int], base: str

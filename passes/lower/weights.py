@@ -63,7 +63,6 @@ def quantize_weight(
     *,
     in_axis: int,
     out_axis: int,
-    least_scale: Float | None = None,
 ) -> QuantizedWeight:
     """Quantize one weight.
 
@@ -72,7 +71,6 @@ def quantize_weight(
         plan: format, granularity and how ranges are chosen.
         in_axis: axis of the reduction.
         out_axis: axis of the outputs.
-        least_scale: ``[N]`` lower bounds of the channels' scales (a bias in int32 must fit).
     """
     fmt = integer_format(plan.format)
     if plan.block:
@@ -80,8 +78,6 @@ def quantize_weight(
     axis = out_axis if plan.per_channel else None
     lo, hi = weight_range(weight, axis, plan.method, fmt, symmetric=plan.symmetric)
     scale, zero = affine_params(lo, hi, fmt, symmetric=plan.symmetric)
-    if least_scale is not None:
-        scale = np.maximum(scale, least_scale if axis is not None else least_scale.max())
     codes = quantize(weight, scale, zero, fmt, axis=axis)
     return QuantizedWeight(codes, scale, zero, axis)
 
