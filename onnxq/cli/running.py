@@ -27,7 +27,7 @@ def execute(model: Path, passes: str, out: Path | None, options: Mapping[str, An
     """
     output = model.with_suffix(".q.onnx") if out is None else out
     if options["dry_run"]:
-        return _dry_run(model, passes)
+        return _dry_run(model, passes, options["target"])
     if options["bisect"]:
         return _bisect(model, passes, options)
     return _run(model, passes, output, options)
@@ -39,7 +39,7 @@ def _run(model: Path, passes: str, output: Path, options: Mapping[str, Any]) -> 
     state = current()
     page: Path | None = options["report"]
     if page is not None:
-        _check_page(page, model, output)
+        _check_page(page, model, output, options)
     if options["calib"] == "random":
         console.notice(
             "calibrating on RANDOM numbers: ranges and accuracy mean nothing for real inputs",
@@ -75,15 +75,21 @@ def _run(model: Path, passes: str, output: Path, options: Mapping[str, Any]) -> 
     return _show(summary, evidence, page, state, verbose=options["verbose"])
 
 
-def _check_page(page: Path, model: Path, output: Path) -> None:
-    """Refuse a report that would replace the model or cannot be written, before the work."""
+def _check_page(page: Path, model: Path, output: Path, options: Mapping[str, Any]) -> None:
+    """Refuse, before the work, a report that cannot be written or replaces a file of the run."""
     from onnxq.cli.report.html import check_writable
+    from onnxq.pipeline.overwrite import refuse_overwrite
+    from onnxq.pipeline.run import RECIPE_SUFFIX
 
     check_writable(page)
-    if page.resolve() in (model.resolve(), output.resolve()):
+    recipe = output.with_name(output.name + RECIPE_SUFFIX)
+    if page.resolve() in (output.resolve(), recipe.resolve()):
         raise DataError(
-            "DATA-REPORT-IS-MODEL", f"the report {page} is a model of this run", "choose another"
+            "DATA-REPORT-IS-OUTPUT",
+            f"the report {page} is another file that this run writes",
+            "choose another name",
         )
+    refuse_overwrite(page, "the report", model, options["calib"], options["tokenizer"])
 
 
 def _show(
@@ -108,10 +114,10 @@ def _show(
     return 0
 
 
-def _dry_run(model: Path, passes: str) -> int:
+def _dry_run(model: Path, passes: str, target: str | None) -> int:
     from onnxq.pipeline.run import dry_run
 
-    text, found = dry_run(model, passes)
+    text, found = dry_run(model, passes, target=target)
     if current().json:
         console.emit(
             {

@@ -229,8 +229,9 @@ def measure(
         label: {i.name: feeds[i.name] for i in s.get_inputs() if i.name in feeds}
         for label, s in sessions.items()
     }
-    for label in labels * warmup:
-        sessions[label].run(None, inputs[label])
+    for label in labels:
+        for _ in run_samples(sessions[label], [feeds] * warmup):
+            pass
     times: dict[str, list[float]] = {label: [] for label in labels}
     end = time.perf_counter() + seconds
     rounds = 0
@@ -252,6 +253,8 @@ def measure(
 
 def _spread(times: Sequence[float]) -> float:
     """Interquartile range as a share of the median."""
+    if len(times) < 2:
+        return 0.0
     low, middle, high = statistics.quantiles(times, n=4)
     return (high - low) / middle
 

@@ -22,6 +22,7 @@ from onnxq.passes.contract import Pass, Progress, no_progress
 from onnxq.passes.targets import parse_target
 from onnxq.pipeline import recipes
 from onnxq.pipeline.compare import Comparison, compare_models
+from onnxq.pipeline.overwrite import refuse_overwrite
 from onnxq.pipeline.runner import Pipeline, RunResult, StepResult
 from onnxq.pipeline.samples import Split, split_holdout
 from onnxq.pipeline.stage import staging
@@ -299,6 +300,7 @@ def dry_run(
     model: str | os.PathLike[str],
     passes: str | Sequence[Pass] = "w8a8",
     *,
+    target: str | None = None,
     registry: Registry | None = None,
 ) -> tuple[str, list[DryPass]]:
     """The resolved pipeline, and what each pass would look at in the model as it is now.
@@ -311,6 +313,8 @@ def dry_run(
     """
     pipeline = Pipeline(passes, registry=registry)
     validate(pipeline.passes, registry=registry)
+    if target is not None:
+        parse_target(target)
     loaded = io.load(model)
     found = [
         DryPass(number, str(p), p.candidates(loaded))
@@ -340,7 +344,7 @@ def _prepare(
         seed = recipe.seed if recipe is not None and recipe.seed is not None else 0
     validate(pipeline.passes, has_data=calib is not None, registry=registry)
     check_target(output)
-    _refuse_same_file(source, output)
+    refuse_overwrite(output, "the output", source, calib, data_options.get("tokenizer"))
     loaded = io.load(source)
     io.check_loads(source)
     data = None if calib is None else _open(calib, loaded, data_options)
@@ -358,15 +362,6 @@ def _open(calib: Any, model: ir.Model, options: Mapping[str, Any]) -> Calibratio
     if isinstance(calib, CalibrationData):
         return calib
     return open_data(calib, model, **{k: v for k, v in options.items() if v is not None})
-
-
-def _refuse_same_file(source: Path, output: Path) -> None:
-    if source.exists() and output.exists() and source.samefile(output):
-        raise DataError(
-            "DATA-OUTPUT-IS-INPUT",
-            f"the output {output} is the input",
-            "write to another file; the input is never overwritten",
-        )
 
 
 def _check_noops(plan: _Plan, result: RunResult) -> None:

@@ -72,6 +72,14 @@ def test_bench_measures_each_model(cli: Any, mlp: Path, tmp_path: Path) -> None:
     assert "1.00x" in cli("bench", mlp, "--rounds", "2").stdout
 
 
+def test_bench_of_one_round_and_of_a_shape_that_does_not_fit(cli: Any, mlp: Path) -> None:
+    (record,) = _records(cli("bench", mlp, "--json", "--rounds", 1))
+    assert record["rounds"] == 1
+    result = cli("bench", mlp, "--shape", "x=1x3")
+    assert result.exit_code == 5
+    assert result.stderr.startswith("error[DATA-ORT-RUN]")
+
+
 def test_random_feeds_fit_the_model(mlp: Path) -> None:
     session = ort.InferenceSession(mlp, providers=["CPUExecutionProvider"])
     feeds = random_feeds(session, {}, batch=5, length=7, seed=0)

@@ -178,8 +178,12 @@ class FakeSession:
     def get_inputs(self):
         return []
 
+    def get_outputs(self):
+        return []
+
     def run(self, names, feeds):
         self.log.append(self.label)
+        return []
 
 
 def test_runs_are_interleaved_and_the_first_one_changes():

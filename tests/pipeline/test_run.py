@@ -12,6 +12,7 @@ import tomllib
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
@@ -185,6 +186,38 @@ def test_files_that_cannot_be_used_are_refused(source, out, tmp_path):
         go(text, out)
     text.unlink()
     assert untouched(out)
+
+
+def test_files_that_a_run_reads_are_never_written(out, tmp_path):
+    folder = tmp_path / "external"
+    folder.mkdir()
+    model = tiny_model()
+    onnx.save(
+        ir.to_proto(model),
+        folder / "m.onnx",
+        save_as_external_data=True,
+        location="m.data",
+        size_threshold=0,
+    )
+    np.savez(folder / "c.npz", **{k: np.stack([s[k] for s in samples()]) for k in samples()[0]})
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "link.onnx").symlink_to("m.data")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    for name, role in {
+        "m.data": "external data",
+        "link.onnx": "external data",
+        "c.npz": "calibration data",
+        "tokenizer.json": "tokenizer",
+    }.items():
+        with pytest.raises(DataError, match=role) as caught:
+            go(
+                folder / "m.onnx",
+                folder / name,
+                calib=folder / "c.npz",
+                tokenizer=folder / "tokenizer.json",
+            )
+        assert caught.value.code == "DATA-OUTPUT-IS-INPUT"
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
 def test_a_model_that_onnxruntime_cannot_load_is_refused(out, tmp_path):
