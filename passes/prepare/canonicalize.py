@@ -22,9 +22,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from onnxq.errors import SpecError
 from onnxq.graph.edit import add_initializer, fresh_name, remove_dead, replace_value
 from onnxq.graph.match import Linear, const_array, is_const, is_op, sole_consumer
 from onnxq.graph.match.linears import find_linears
@@ -67,6 +69,15 @@ class Canonicalize(Pass):
     may_match_nothing: ClassVar[bool] = True
 
     opset: int = 13
+
+    def __post_init__(self) -> None:
+        newest = onnx.defs.onnx_opset_version()
+        if not 1 <= self.opset <= newest:
+            raise SpecError(
+                "SPEC-RANGE",
+                f"opset={self.opset} is not between 1 and {newest}",
+                f"onnx {onnx.__version__} knows operators up to opset {newest}",
+            )
 
     def run(self, model: ir.Model, ctx: Context) -> PassReport:
         """Apply all rewrites to every graph of the model."""

@@ -109,6 +109,13 @@ def _no_report_folder(b: Bench) -> None:
     b.extra = ("--report", str(b.folder / "none" / "r.html"))
 
 
+def _report_over(path: Callable[[Bench], Path | str]) -> Callable[[Bench], None]:
+    def spoil(b: Bench) -> None:
+        b.extra = ("--report", str(path(b)))
+
+    return spoil
+
+
 def _missing_model(b: Bench) -> None:
     b.model = b.folder / "nope.onnx"
 
@@ -140,6 +147,20 @@ CASES: dict[str, tuple[Callable[[Bench], None], int, str]] = {
     "folder missing": (_missing_folder, 5, "DATA-OUTPUT-FOLDER-MISSING"),
     "folder unwritable": (_unwritable, 5, "DATA-OUTPUT-"),
     "report folder missing": (_no_report_folder, 5, "DATA-REPORT-UNWRITABLE"),
+    "report is the model": (_report_over(lambda b: b.model), 5, "DATA-OUTPUT-IS-INPUT"),
+    "report is the data": (_report_over(lambda b: b.calib), 5, "DATA-OUTPUT-IS-INPUT"),
+    "report is the output": (_report_over(lambda b: b.out), 5, "DATA-REPORT-IS-OUTPUT"),
+    "report is the recipe": (
+        _report_over(lambda b: f"{b.out}.recipe.toml"),
+        5,
+        "DATA-REPORT-IS-OUTPUT",
+    ),
+    "unknown target of a dry run": (
+        _set(extra=("--target", "toaster", "--dry-run")),
+        2,
+        "SPEC-TARGET",
+    ),
+    "opset of the future": (_set(passes="canonicalize{opset=999}"), 2, "SPEC-RANGE"),
     "resume from nothing": (_set(extra=("--resume",)), 2, "SPEC-RESUME"),
     "bisect without data": (_set(calib="", extra=("--bisect",)), 2, "SPEC-BISECT-DATA"),
 }
