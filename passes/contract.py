@@ -107,7 +107,7 @@ class DeclaredArtifacts:
     def __init__(self, artifacts: Artifacts, owner: Pass) -> None:
         self._artifacts = artifacts
         self._owner = owner
-        self._readable = {k.name for k in (*owner.requires, *owner.uses, *owner.provides)}
+        self._readable = {k.name for k in (*owner.needs(), *owner.uses, *owner.provides)}
         self._writable = {k.name for k in owner.provides}
 
     def __contains__(self, key: Key[Any]) -> bool:
@@ -258,6 +258,10 @@ class Pass(ABC):
     def requests(self, model: ir.Model) -> list[StatRequest]:
         """The statistics that this pass wants from the sweep before it, on ``model`` as it is."""
         return []
+
+    def needs(self) -> tuple[Key[Any], ...]:
+        """Keys that must be there: ``requires``, and what the options chosen add to it."""
+        return self.requires
 
     def candidates(self, model: ir.Model) -> list[str]:
         """The sites that the pass would look at, for ``--dry-run``; nothing is changed."""

@@ -34,7 +34,7 @@ def validate(
     fresh: dict[str, int] = dict.fromkeys(available, 0)
     stale: dict[str, int] = {}
     for number, p in enumerate(passes, start=1):
-        for key in p.requires:
+        for key in p.needs():
             if key.name not in fresh:
                 raise _unmet(passes, number, key.name, stale.get(key.name), registry)
         for key in p.forbids:
@@ -116,7 +116,7 @@ def _has(keys: Iterable[object], name: str) -> bool:
 
 
 def _providers(key: str, registry: Registry | None) -> list[str]:
-    """Names of installed passes that provide ``key``."""
+    """Names of installed passes that provide ``key`` and do not need it themselves."""
     from onnxq.pipeline.registry import default_registry
 
     found: list[str] = []
@@ -126,6 +126,6 @@ def _providers(key: str, registry: Registry | None) -> list[str]:
             cls = table.get(name)
         except OnnxqError:
             continue  # a broken third-party pass cannot help, and is not what this error is about
-        if _has(cls.provides, key):
+        if _has(cls.provides, key) and not _has(cls.requires, key):
             found.append(name)
     return found

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
 
@@ -25,7 +25,7 @@ from onnxq.errors import SpecError, UnsupportedError
 from onnxq.formats import IntFormat, parse_format
 from onnxq.graph.match import Linear, Structure, analyze, analyze_all, is_op
 from onnxq.graph.match.values import node_label, op_domain, value_dtype
-from onnxq.passes.contract import Context, Pass, PassReport
+from onnxq.passes.contract import Context, Key, Pass, PassReport
 from onnxq.passes.decide.calibrate import RANGE_RULE
 from onnxq.passes.decide.integer_regions import (
     IntegerOp,
@@ -128,6 +128,10 @@ class Assign(Pass):
                 f"mode=dynamic multiplies 8-bit integers; weights={self.weights} are not",
                 "use weights=int8, or mode=weight-only",
             )
+
+    def needs(self) -> tuple[Key[Any], ...]:
+        """Static mode takes ranges from statistics."""
+        return (STATISTICS, RANGE_RULE) if self.mode == "static" else ()
 
     def requests(self, model: ir.Model) -> list[StatRequest]:
         """Ranges of the values that static mode quantizes."""

@@ -20,17 +20,19 @@ import onnx_ir as ir
 from onnxq.calibration.data import CalibrationData
 from onnxq.errors import QualityError, SpecError
 from onnxq.graph.match import const_array
-from onnxq.graph.match.values import node_label
+from onnxq.graph.match.values import node_label, op_domain
 from onnxq.passes.contract import Context, Pass, PassReport
 from onnxq.runtime.difference import OutputDiff, Tally
 from onnxq.runtime.workspace import Workspace, run_samples
 
 _SCALE_INPUTS = {
-    "QuantizeLinear": 1,
-    "DequantizeLinear": 1,
-    "MatMulNBits": 2,
+    ("", "QuantizeLinear"): 1,
+    ("", "DequantizeLinear"): 1,
+    ("com.microsoft", "QuantizeLinear"): 1,
+    ("com.microsoft", "DequantizeLinear"): 1,
+    ("com.microsoft", "MatMulNBits"): 2,
 }
-
+"""Where the scale stands among an operator's inputs, by domain and type."""
 
 _BISECT = "run with --bisect to see which pass broke it"
 
@@ -108,7 +110,7 @@ class Sanity(Pass):
             raise QualityError(
                 code,
                 f"output `{found.name}` {what}",
-                "run with --bisect to see which pass broke it",
+                _BISECT,
             )
         if found.cosine_mean < self.min_cosine:
             raise QualityError(
@@ -125,7 +127,7 @@ def _check_scales(model: ir.Model) -> int:
     """Check every constant scale; how many there are."""
     count = 0
     for node in model.graph.all_nodes():
-        index = _SCALE_INPUTS.get(node.op_type)
+        index = _SCALE_INPUTS.get((op_domain(node), node.op_type))
         scale = None if index is None else const_array(node.inputs[index], model.ir_version)
         if scale is None:
             continue

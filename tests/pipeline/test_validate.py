@@ -29,6 +29,32 @@ def test_a_key_that_nothing_provides():
     assert error.hint == "`observe` or `lazy` provides it; put it before pass 2"
 
 
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("assign,qdq", "PIPELINE-MISSING"),
+        ("assign,calibrate,qdq", "PIPELINE-MISSING"),
+        ("calibrate,smooth-quant,assign,qdq", "PIPELINE-STALE"),
+    ],
+)
+def test_static_ranges_need_statistics(text, code):
+    with pytest.raises(PipelineError, match="`assign` needs `statistics`") as caught:
+        validate(parse(text))
+    assert caught.value.code == code
+    assert "`calibrate`" in caught.value.hint
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "weight-only"])
+def test_other_modes_need_no_statistics(mode):
+    validate(parse(f"assign{{mode={mode}}},qdq"), has_data=False)
+
+
+def test_a_pass_that_needs_a_key_itself_does_not_help_to_get_it():
+    with pytest.raises(PipelineError) as caught:
+        validate(parse("partial{layers=[a]}"))
+    assert caught.value.hint == "`assign` provides it; put it before pass 1"
+
+
 def test_a_key_that_no_installed_pass_provides():
     with pytest.raises(PipelineError, match="no installed pass provides it"):
         validate([Round()], registry=Registry.of(Round, Early))
