@@ -25,6 +25,7 @@ from onnxq.graph.match import Linear, analyze
 from onnxq.passes.contract import Context, Pass, PassReport
 from onnxq.passes.decide.set_format import planned, spell
 from onnxq.passes.keys import PLAN, STATISTICS
+from onnxq.passes.naming import about
 from onnxq.passes.plan import SitePlan, WeightPlan
 from onnxq.passes.weights.rounding import format_of, rows_of
 from onnxq.solvers.hessian import output_error
@@ -132,7 +133,8 @@ class AssignFormat(Pass):
         for name in self.formats:
             weight = planned(name, site.weight)
             fmt = format_of(site, weight, ctx)
-            values = rtn(rows, fmt, group=weight.block).values()
+            with about(layer.name):
+                values = rtn(rows, fmt, group=weight.block).values()
             granularity = (
                 Granularity.block(1, weight.block) if weight.block else Granularity.per_channel(0)
             )

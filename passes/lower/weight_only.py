@@ -31,6 +31,7 @@ from onnxq.passes.lower.weights import (
     to_nearest,
     weight_as_read,
 )
+from onnxq.passes.naming import about
 from onnxq.passes.plan import SitePlan, WeightPlan
 from onnxq.passes.targets import Target
 from onnxq.passes.weights.rounded import RoundedWeight
@@ -50,6 +51,17 @@ def lower_weight_only(
     plan = site.weight
     if plan is None:
         raise InternalError("PLAN-WEIGHT", f"{site.site} has no weight plan")
+    with about(site.site):
+        return _lower(model, linear, plan, target, rounded)
+
+
+def _lower(
+    model: ir.Model,
+    linear: Linear,
+    plan: WeightPlan,
+    target: Target,
+    rounded: RoundedWeight | None,
+) -> str:
     fmt = parse_format(plan.format)
     real_zero = rounded is not None and rounded.zero_point.dtype == np.float32
     if isinstance(fmt, IntFormat):
@@ -89,7 +101,9 @@ def _lower_to_nbits(
         names.fresh(f"{base}_packed"),
         _pack_blocks(weight.codes.astype(np.int16) + shift, plan.block, bits),
     )
-    scales = add_initializer(graph, names.fresh(f"{base}_scale"), weight.scale)
+    # The kernel subtracts zero points in float: only a scale of 0 makes a block of zeros exact.
+    scale = np.where(_is_zero(weight.codes, weight.zero_point, plan.block), 0, weight.scale)
+    scales = add_initializer(graph, names.fresh(f"{base}_scale"), scale.astype(np.float32))
     zero = None
     if weight.zero_point.dtype == np.float32:
         real = weight.zero_point.astype(np.float32) + np.float32(shift)
@@ -127,6 +141,17 @@ def _lower_to_nbits(
     graph.remove(linear.node, safe=True)
     model.opset_imports.setdefault(CONTRIB, 1)
     return f"MatMulNBits, {plan.format} in blocks of {plan.block}"
+
+
+def _is_zero(
+    codes: npt.NDArray[np.generic], zero: npt.NDArray[np.generic], block: int
+) -> npt.NDArray[np.bool_]:
+    """Whether all codes of a block, ``[N, blocks]``, stand for zero."""
+    n, k = codes.shape
+    spread = np.repeat(zero.astype(np.float32), block, axis=1)
+    differs = np.zeros(spread.shape, np.bool_)
+    differs[:, :k] = codes.astype(np.float32) != spread[:, :k]
+    return np.asarray(~differs.reshape(n, -1, block).any(axis=2), np.bool_)
 
 
 def _pack_blocks(codes: npt.NDArray[np.int16], block: int, bits: int) -> npt.NDArray[np.uint8]:

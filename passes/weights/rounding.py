@@ -22,6 +22,7 @@ from onnxq.formats import Format, IntFormat, Params, parse_format
 from onnxq.graph.match import Linear, analyze
 from onnxq.passes.contract import Context, Key, Pass, PassReport
 from onnxq.passes.keys import PLAN, ROUNDED, STATISTICS
+from onnxq.passes.naming import about
 from onnxq.passes.plan import SitePlan, WeightPlan
 from onnxq.passes.weights.rounded import RoundedWeight, RoundedWeights
 from onnxq.solvers.grid import Solution
@@ -104,7 +105,8 @@ class WeightRounding(Pass):
             gram = None if statistics is None else statistics.moment(str(layer.x.name)).gram
             rows = rows_of(layer)
             fmt = format_of(site, site.weight, ctx)
-            weight = RoundedWeight.of(self.solve(rows, gram, fmt, site.weight.block))
+            with about(site.site):
+                weight = RoundedWeight.of(self.solve(rows, gram, fmt, site.weight.block))
             rounded.add(site.site, weight)
             report.change(site.site, "rounded", quality(rows, weight.values(), gram))
         ctx.progress(self.name, len(sites), len(sites))

@@ -31,6 +31,7 @@ from onnxq.graph.match.values import value_name
 from onnxq.passes.contract import Context, Pass, PassReport
 from onnxq.passes.keys import PLAN, ROUNDED
 from onnxq.passes.lower.weights import weight_as_read
+from onnxq.passes.naming import about
 from onnxq.passes.weights.rounded import RoundedWeight, RoundedWeights
 from onnxq.passes.weights.rounding import (
     Array,
@@ -273,9 +274,10 @@ class _Walk:
             assert site.weight is not None
             parts = [rows_of(layer) for layer in layers]
             fmt = format_of(site, site.weight, self._ctx)
-            solved = RoundedWeight.of(
-                self._owner.solve(np.concatenate(parts), moments[x], fmt, block)
-            )
+            with about(", ".join(layer.name for layer in layers)):
+                solved = RoundedWeight.of(
+                    self._owner.solve(np.concatenate(parts), moments[x], fmt, block)
+                )
             start = 0
             for layer, rows in zip(layers, parts, strict=True):
                 weight = solved.part(start, start + len(rows))
