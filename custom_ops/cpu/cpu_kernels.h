@@ -10,6 +10,7 @@
 
 namespace onnxq {
 
+struct HadamardKernels;
 struct PerTokenRows;
 
 // x: [..., K] -> q: [..., K] i8, scale: [..., 1] f32.
@@ -60,6 +61,26 @@ class QuantMatMul {
   bool prepared_ = false;  // `weights_` and `bias_` are from constants of the model
   QuantWeights weights_{};
   QuantBias bias_{};
+};
+
+// x: [..., K], core: [c, c] -> y: [..., K]; see defs/hadamard.py.
+template <ElementType type>
+class Hadamard {
+ public:
+  static constexpr const char* kName = "Hadamard";
+  static constexpr std::array<ElementType, 2> kInputs = {type, ElementType::kFloat32};
+  static constexpr std::array<ElementType, 1> kOutputs = {type};
+
+  static ort::OrtStatus* Create(const Api& api, const ort::OrtKernelInfo* info, Hadamard* kernel);
+  static ort::OrtStatus* InferShapes(const Api& api, ort::OrtShapeInferContext* context);
+  ort::OrtStatus* Compute(const Api& api, ort::OrtKernelContext* context) const;
+
+ private:
+  using T = std::conditional_t<type == ElementType::kFloat16, uint16_t, float>;
+  const HadamardKernels* kernels_ = nullptr;
+  Allocator allocator_;
+  int64_t block_ = 0;
+  float scale_ = 1;
 };
 
 }  // namespace onnxq

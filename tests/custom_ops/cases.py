@@ -15,9 +15,10 @@ import onnx
 import onnx_ir as ir
 
 from onnxq import custom_ops
-from onnxq.custom_ops.defs import quant_mat_mul
+from onnxq.custom_ops.defs import hadamard, quant_mat_mul
 from onnxq.custom_ops.packed_weight import PackedWeight, pack_weight
 from onnxq.formats import Granularity, parse_format
+from onnxq.solvers.hadamard import hadamard_matrix
 
 Array = np.ndarray[Any, Any]
 Inputs = dict[str, Array]
@@ -196,8 +197,37 @@ def _quant_mat_mul(dtype: str) -> Iterator[Case]:
     yield Case("large", {"x": x}, packed.inputs, packed.attributes)
 
 
+# K, block, order of the core: around vectors of 8 and 16, each kind of core, some blocks.
+_HADAMARDS = (
+    (1, 1, 1), (2, 2, 1), (4, 4, 1), (8, 8, 1), (16, 16, 1), (32, 32, 1), (64, 16, 1), (96, 32, 1),
+    (12, 12, 12), (24, 24, 12), (60, 20, 20), (112, 56, 28), (144, 144, 36), (1536, 1536, 12),
+    (2048, 2048, 1), (4096, 128, 1),
+)  # fmt: skip
+
+
+def _hadamard(dtype: str) -> Iterator[Case]:
+    rng = np.random.default_rng(13)
+
+    def case(name: str, x: Array, block: int, c: int, *, every_opset: bool = False) -> Case:
+        constants = {"core": hadamard_matrix(c).astype(np.float32)}
+        attributes = {"block": block, "scale": 1 / math.sqrt(block)}
+        return Case(name, {"x": x.astype(dtype)}, constants, attributes, every_opset)
+
+    for k, block, c in _HADAMARDS:
+        x = rng.normal(size=(3, k))
+        yield case(f"{k} in blocks of {block}, core {c}", x, block, c, every_opset=k == 112)
+    for shape in ((0, 64), (2, 0, 64), (64,), (2, 3, 64), (4, 0)):
+        yield case(f"{shape}", rng.normal(size=shape), 32, 1)
+    x = rng.normal(size=(7, 96))
+    x[1, 40], x[2, 0], x[3, 95], x[4], x[5] = np.nan, np.inf, -np.inf, 0, np.finfo(dtype).max
+    x[6] = np.finfo(dtype).smallest_subnormal
+    yield case("edges", x, 32, 1)
+    yield case("large", rng.normal(size=(67, 1536)), 768, 12)
+
+
 CASES: dict[str, Callable[[str], Iterator[Case]]] = {
     "DynamicQuantizePerToken": _per_token,
+    "Hadamard": _hadamard,
     "QuantMatMul": _quant_mat_mul,
 }
 
@@ -214,7 +244,7 @@ def same_bits(left: Array, right: Array) -> bool:
 def agrees(op_name: str, case: Case, got: Sequence[Array], *, kernel: bool) -> bool:
     """Whether results are as the operator's contract says: to the bit, or within its budget."""
     expected = case.reference(op_name)
-    if op_name != "QuantMatMul":
+    if op_name == "DynamicQuantizePerToken":
         return all(map(same_bits, got, expected))
     if got[0].dtype != expected[0].dtype or got[0].shape != expected[0].shape:
         return False
@@ -222,7 +252,7 @@ def agrees(op_name: str, case: Case, got: Sequence[Array], *, kernel: bool) -> b
         return same_bits(np.nan_to_num(got[0], nan=1), np.nan_to_num(expected[0], nan=1)) and bool(
             (np.isnan(got[0]) == np.isnan(expected[0])).all()
         )
-    exact, budget = quant_mat_mul_exact(case)
+    exact, budget = _EXACT[op_name](case)
     with np.errstate(all="ignore"):
         close = np.abs(got[0].astype(np.float64) - exact) <= budget
     return bool((close | ~np.isfinite(budget) | ~np.isfinite(got[0])).all())
@@ -251,10 +281,42 @@ def quant_mat_mul_exact(case: Case) -> tuple[Array, Array]:
     return exact, budget
 
 
+def hadamard_exact(case: Case) -> tuple[Array, Array]:
+    """The transform by the dense matrix in float64, and how far from it a result may lie."""
+    x, core = case.inputs["x"], case.constants["core"]
+    block, scale = int(case.attributes["block"]), float(np.float32(case.attributes["scale"]))
+    matrix = core.astype(np.float64)
+    while len(matrix) < block:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    rows = x.astype(np.float64).reshape(-1, block)
+    with np.errstate(all="ignore"):
+        exact = (rows @ matrix * scale).reshape(x.shape)
+        size = np.abs(rows).sum(axis=1, keepdims=True) * abs(scale)
+        budget = hadamard.ERROR_BUDGET * (2 + math.sqrt(block)) * size + 0 * rows
+        budget = budget.reshape(x.shape) + 2.0**-150
+        if x.dtype == np.float16:
+            budget = budget * (1 + 2.0**-10) + np.abs(exact) * 2.0**-11 + 2.0**-25
+            exact = np.where(np.abs(exact) > 65519, np.inf, exact)
+    return exact, budget
+
+
+_EXACT: dict[str, Callable[[Case], tuple[Array, Array]]] = {
+    "Hadamard": hadamard_exact,
+    "QuantMatMul": quant_mat_mul_exact,
+}
+
+
 def random_case(op_name: str, dtype: str, rng: np.random.Generator) -> Case:
     """A case of random extents, types and values."""
     if op_name == "DynamicQuantizePerToken":
         return Case("random", {"x": random_input(dtype, rng)})
+    if op_name == "Hadamard":
+        c = int(rng.choice([1, 12, 20, 28]))
+        block = c << int(rng.integers(0, 7))
+        shape = (int(rng.integers(0, 5)), block * int(rng.integers(0, 4)))
+        x = (rng.normal(size=shape) * math.pow(10.0, rng.uniform(-4, 3))).astype(dtype)
+        core = {"core": hadamard_matrix(c).astype(np.float32)}
+        return Case(f"{shape} {block} {c}", {"x": x}, core, {"block": block, "scale": 0.5})
     m, k, n = (int(rng.integers(low, high)) for low, high in ((0, 20), (1, 700), (1, 140)))
     kind = str(rng.choice(_WEIGHTS))
     group = int(rng.choice([16, 20, 32, 64, 128, 512, 1024]))

@@ -1,0 +1,88 @@
+"""Hadamard against scipy's matrices and the solver's own transform, and what it refuses."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from scipy.linalg import hadamard as sylvester
+
+from onnxq.errors import DataError
+from onnxq.runtime import Library, session
+from onnxq.solvers.hadamard import hadamard_matrix, transform
+from tests.custom_ops.cases import Array, Case, model_of
+
+RNG = np.random.default_rng(8)
+OP = "Hadamard"
+SAME = 1e-6
+"""Relative to the largest result: sums of float32 in another order."""
+
+
+def case_of(k: int, block: int, c: int, m: int = 3) -> Case:
+    x = RNG.normal(size=(m, k)).astype(np.float32)
+    core = {"core": hadamard_matrix(c).astype(np.float32)}
+    return Case("one", {"x": x}, core, {"block": block, "scale": float(1 / np.sqrt(block))})
+
+
+def rotated(case: Case) -> Array:
+    result: Array = session(model_of(OP, case), threads=1, library=True).run(None, case.inputs)[0]
+    return result
+
+
+@pytest.mark.parametrize("k", [1, 2, 8, 16, 512, 4096])
+def test_agrees_with_scipys_matrix(k: int, library: Library) -> None:
+    case = case_of(k, k, 1)
+    expected = case.inputs["x"].astype(np.float64) @ sylvester(k) / np.sqrt(k)
+    assert np.abs(rotated(case) - expected).max() <= SAME * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("k", "block", "c"), [(96, 96, 12), (1120, 560, 140), (8960, 8960, 140)])
+def test_agrees_with_the_transform_that_folds_weights(
+    k: int, block: int, c: int, library: Library
+) -> None:
+    case = case_of(k, block, c)
+    expected = transform(case.inputs["x"].astype(np.float64), block)
+    assert np.abs(rotated(case) - expected).max() <= SAME * np.abs(expected).max()
+
+
+def test_twice_is_the_identity_for_powers_of_two(library: Library) -> None:
+    case = case_of(256, 64, 1)
+    again = Case("again", {"x": rotated(case)}, case.constants, case.attributes)
+    assert np.abs(rotated(again) - case.inputs["x"]).max() <= 4 * SAME
+
+
+@pytest.mark.parametrize(
+    ("k", "attributes", "core", "message"),
+    [
+        (96, {"block": 64}, 1, "no multiple of block = 64"),
+        (96, {"block": 48}, 1, "block = 48 is not the core's order 1 times a power of two"),
+        (96, {"block": 32}, 12, "block = 32 is not the core's order 12"),
+    ],
+)
+def test_wrong_widths_are_refused(
+    k: int, attributes: dict[str, float], core: int, message: str, library: Library
+) -> None:
+    model = onnx.load_from_string(model_of(OP, case_of(96, 96, 12)))
+    for attribute in model.graph.node[0].attribute:
+        if attribute.name in attributes:
+            attribute.i = int(attributes[attribute.name])
+    matrix = hadamard_matrix(core).astype(np.float32)
+    model.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(matrix, "core"))
+    made = session(model.SerializeToString(), threads=1, library=library.path)
+    with pytest.raises(Exception, match=r"com\.onnxq:Hadamard: .*" + message):
+        made.run(None, {"x": np.zeros((2, k), np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [("block", 0, "block must be at least 1"), ("scale", float("inf"), "scale is not finite")],
+)
+def test_wrong_attributes_are_refused(
+    name: str, value: float, message: str, library: Library
+) -> None:
+    model = onnx.load_from_string(model_of(OP, case_of(96, 96, 12)))
+    for attribute in model.graph.node[0].attribute:
+        if attribute.name == name:
+            attribute.CopyFrom(onnx.helper.make_attribute(name, value))
+    with pytest.raises(DataError, match="com.onnxq:Hadamard: .*" + message):
+        session(model.SerializeToString(), threads=1, library=library.path)
