@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import onnx
+import onnx.reference
 import onnx_ir as ir
 import pytest
 from hypothesis import given
