@@ -12,7 +12,8 @@ product of the same shapes with weights of as many bits, or what comes closest:
 
 MatMulNBits level 4 rounds activations to INT8 a block, ours a token; DynamicQuantizeMatMul has one
 scale for the whole tensor; "unfused" is per-token INT8 in standard operators. ONNX Runtime has no
-FP4, MX or NVFP4 on the CPU: there the peer is its float32 MatMul.
+FP4, MX or NVFP4 on the CPU: there the peer is its float32 MatMul. The rotation's peer is the
+product with the matrix.
 
 The limits that shares refer to are measured in the same run: bandwidth by reading as many bytes as
 the weights take (dot product of a vector with itself), arithmetic by ONNX Runtime's float32 product
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,11 @@ import onnx.numpy_helper as nh
 import onnx_ir as ir
 
 from onnxq import custom_ops
-from onnxq.custom_ops.packed_weight import PackedWeight, integer_levels, pack_table
+from onnxq.custom_ops.packed_weight import integer_levels, pack_table
 from onnxq.errors import SpecError
 from onnxq.formats import parse_format
 from onnxq.runtime import usable_library
+from onnxq.solvers.hadamard import hadamard_factors, hadamard_matrix
 
 SHAPES = ((576, 1536), (2048, 2048), (4096, 4096), (4096, 11008))
 ROWS = (1, 8, 128, 512)
@@ -72,6 +74,11 @@ class Variant:
     int8: bool
     scale: Any
     peers: Mapping[str, Peer]
+    shapes: Sequence[tuple[int, int]] = SHAPES
+
+    def operations(self, m: int, k: int, n: int) -> float:
+        """Multiplications and additions of one run."""
+        return 2.0 * m * k * n
 
     def model(self, k: int, n: int, rng: np.random.Generator) -> tuple[bytes, int]:
         """A model of one QuantMatMul, and the bytes that its weights take."""
@@ -86,25 +93,48 @@ class Variant:
             int8_activations=self.int8,
         )
         stored = packed.inputs["codes"].nbytes + packed.inputs["scales"].nbytes
-        return _product_model(packed), stored
+        model = _node_model("QuantMatMul", k, packed.inputs, packed.attributes)
+        return model, stored
 
 
-def _product_model(packed: PackedWeight) -> bytes:
-    k = int(packed.attributes["K"])
+@dataclass(frozen=True)
+class Rotation:
+    """The fast Hadamard transform of the whole last axis, against the product with the matrix."""
+
+    name: str = "hadamard"
+    int8: bool = False
+    peers: Mapping[str, Peer] = field(default_factory=lambda: {"ort MatMul fp32": fp32})
+    shapes: Sequence[tuple[int, int]] = ((512, 512), (1536, 1536), (4096, 4096), (8192, 8192))
+
+    def operations(self, m: int, k: int, n: int) -> float:
+        """Additions of one run."""
+        core, doublings = hadamard_factors(k)
+        return float(m * n * (2 * core - 1 + doublings))
+
+    def model(self, k: int, n: int, rng: np.random.Generator) -> tuple[bytes, int]:
+        """A model of one Hadamard, and the bytes of its core."""
+        core = hadamard_matrix(hadamard_factors(k)[0]).astype(np.float32)
+        attributes = {"block": n, "scale": float(1 / np.sqrt(n))}
+        return _node_model("Hadamard", k, {"core": core}, attributes), core.nbytes
+
+
+def _node_model(
+    op_name: str, k: int, constants: Mapping[str, Array], attributes: Mapping[str, int | float]
+) -> bytes:
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["M", k]))
-    constants = []
-    for name, array in packed.inputs.items():
+    values = []
+    for name, array in constants.items():
         tensor = ir.tensor(array, name=name)
         value = ir.Value(name=name, const_value=tensor, shape=tensor.shape)
         value.type = ir.TensorType(tensor.dtype)
-        constants.append(value)
-    node = custom_ops.make_node("QuantMatMul", [x, *constants], packed.attributes)
+        values.append(value)
+    node = custom_ops.make_node(op_name, [x, *values], attributes)
     node.outputs[0].name, node.outputs[0].type = "y", x.type
     graph = ir.Graph(
-        [x], node.outputs, nodes=[node], initializers=constants, opset_imports={"": OPSET}
+        [x], node.outputs, nodes=[node], initializers=values, opset_imports={"": OPSET}
     )
     model = ir.Model(graph, ir_version=10)
-    custom_ops.attach(model, "QuantMatMul")
+    custom_ops.attach(model, op_name)
     proto: bytes = ir.to_proto(model).SerializeToString()
     return proto
 
@@ -228,7 +258,7 @@ def _levels(name: str) -> Array:
     return np.asarray(fmt.decode(np.arange(1 << fmt.bits, dtype=np.uint8)), np.float32)
 
 
-def variants() -> dict[str, Variant]:
+def variants() -> dict[str, Variant | Rotation]:
     """All cases by name."""
     int4, _ = integer_levels(4, signed=True)
     int8, _ = integer_levels(8, signed=True)
@@ -255,7 +285,7 @@ def variants() -> dict[str, Variant]:
         Variant("fp8", _levels("fp8e4m3"), 0, False, "float32", fp8),
         Variant("mxfp8", _levels("fp8e4m3"), 32, False, "e8m0", float32),
     ]
-    return {variant.name: variant for variant in made}
+    return {variant.name: variant for variant in [*made, Rotation()]}
 
 
 # Measuring ------------------------------------------------------------------------------------
@@ -318,7 +348,11 @@ def _seconds(run: Callable[[], object]) -> float:
 
 
 def compare(
-    variant: Variant, shape: tuple[int, int], rows: Sequence[int], threads: int, quick: bool
+    variant: Variant | Rotation,
+    shape: tuple[int, int],
+    rows: Sequence[int],
+    threads: int,
+    quick: bool,
 ) -> Iterator[dict[str, Any]]:
     """Rows of one case and shape, one for each peer and M."""
     k, n = shape
@@ -347,9 +381,9 @@ def compare(
                 "ratio": other / ours,
                 "unit": "us",
                 "better": "lower",
-                "gops": 2e-9 * m * k * n / ours,
+                "gops": variant.operations(m, k, n) / ours / 1e9,
                 "gb_s": stored / ours / 1e9,
-                "compute_share": 2 * m * k * n / ours / compute,
+                "compute_share": variant.operations(m, k, n) / ours / compute,
                 "read_share": stored / ours / read if threads == 1 else None,
             }
 
@@ -423,7 +457,7 @@ def main() -> None:
         print(_common.machine())
     for name in arguments.cases.split(","):
         for threads in map(int, arguments.threads.split(",")):
-            for shape in SHAPES[:1] if arguments.quick else SHAPES:
+            for shape in known[name].shapes[: 1 if arguments.quick else None]:
                 for row in compare(known[name], shape, rows, threads, arguments.quick):
                     found.append(row)
                     if arguments.json:

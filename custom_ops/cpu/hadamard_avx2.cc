@@ -27,9 +27,28 @@ void WithinVectors(float* x, int64_t block) {
   }
 }
 
+struct Vectors {
+  using Vector = __m256;
+  static constexpr int64_t lanes = kLanes;
+  static __m256i First(int64_t count) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane);
+  }
+  static Vector Fill(float x) { return _mm256_set1_ps(x); }
+  static Vector Load(const float* from, int64_t count) {
+    return _mm256_maskload_ps(from, First(count));
+  }
+  static void Store(float* to, int64_t count, Vector v) {
+    _mm256_maskstore_ps(to, First(count), v);
+  }
+  static Vector MultiplyAdd(float x, Vector row, Vector sum) {
+    return _mm256_fmadd_ps(_mm256_set1_ps(x), row, sum);
+  }
+};
+
 void Blocks(float* x, int64_t count, int64_t block, const float* core, int64_t c, float scale) {
   for (int64_t n = 0; n < count; ++n, x += block) {
-    MultiplyCore(x, block, core, c);
+    MultiplyCoreBy<Vectors>(x, block, core, c);
     int64_t stride = c;
     if (c == 1 && block >= kLanes) {
       WithinVectors(x, block);

@@ -25,9 +25,27 @@ void WithinVectors(float* x, int64_t block) {
   }
 }
 
+struct Vectors {
+  using Vector = __m512;
+  static constexpr int64_t lanes = kLanes;
+  static __mmask16 First(int64_t count) {
+    return count == kLanes ? __mmask16{0xffff} : static_cast<__mmask16>((1U << count) - 1U);
+  }
+  static Vector Fill(float x) { return _mm512_set1_ps(x); }
+  static Vector Load(const float* from, int64_t count) {
+    return _mm512_maskz_loadu_ps(First(count), from);
+  }
+  static void Store(float* to, int64_t count, Vector v) {
+    _mm512_mask_storeu_ps(to, First(count), v);
+  }
+  static Vector MultiplyAdd(float x, Vector row, Vector sum) {
+    return _mm512_fmadd_ps(_mm512_set1_ps(x), row, sum);
+  }
+};
+
 void Blocks(float* x, int64_t count, int64_t block, const float* core, int64_t c, float scale) {
   for (int64_t n = 0; n < count; ++n, x += block) {
-    MultiplyCore(x, block, core, c);
+    MultiplyCoreBy<Vectors>(x, block, core, c);
     int64_t stride = c;
     if (c == 1 && block >= kLanes) {
       WithinVectors(x, block);

@@ -222,6 +222,7 @@ def _hadamard(dtype: str) -> Iterator[Case]:
     x[1, 40], x[2, 0], x[3, 95], x[4], x[5] = np.nan, np.inf, -np.inf, 0, np.finfo(dtype).max
     x[6] = np.finfo(dtype).smallest_subnormal
     yield case("edges", x, 32, 1)
+    yield case("edges with a core", np.where(x == 0, -0.0, x), 48, 12)
     yield case("large", rng.normal(size=(67, 1536)), 768, 12)
 
 
