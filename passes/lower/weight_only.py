@@ -24,7 +24,9 @@ from onnxq.formats.packing import pack_bits
 from onnxq.graph.edit import Names, add_initializer, insert_before, replace_value
 from onnxq.graph.match import Linear
 from onnxq.passes.lower.decode import lower_to_decode
+from onnxq.passes.lower.spill import spilled
 from onnxq.passes.lower.weights import (
+    CHUNK,
     integer_format,
     quantize_weight,
     take_rounded,
@@ -92,27 +94,26 @@ def _lower_to_nbits(
         scheme: Scheme = "full" if plan.symmetric else "asym"
         fmt = dataclasses.replace(integer_format(plan.format), block=0, scheme=scheme)
         rounded = to_nearest(_rows(linear), fmt, plan)
-    weight = take_rounded(rounded, plan, in_axis=1)
     base = f"{linear.name}_weight"
     # MatMulNBits reads unsigned codes: a signed format's zero becomes the middle.
     shift = 1 << (bits - 1) if integer_format(plan.format).signed else 0
     packed = add_initializer(
         graph,
         names.fresh(f"{base}_packed"),
-        _pack_blocks(weight.codes.astype(np.int16) + shift, plan.block, bits),
+        spilled(_pack_blocks(rounded.codes, shift, plan.block, bits)),
     )
     # The kernel subtracts zero points in float: only a scale of 0 makes a block of zeros exact.
-    scale = np.where(_is_zero(weight.codes, weight.zero_point, plan.block), 0, weight.scale)
-    scales = add_initializer(graph, names.fresh(f"{base}_scale"), scale.astype(np.float32))
+    scale = np.where(_is_zero(rounded, plan.block), 0, rounded.scale)
+    scales = add_initializer(graph, names.fresh(f"{base}_scale"), spilled(scale.astype(np.float32)))
     zero = None
-    if weight.zero_point.dtype == np.float32:
-        real = weight.zero_point.astype(np.float32) + np.float32(shift)
+    if rounded.zero_point.dtype == np.float32:
+        real = rounded.zero_point.astype(np.float32) + np.float32(shift)
         zero = add_initializer(graph, names.fresh(f"{base}_zero_point"), real)
     elif not plan.symmetric:
         zero = add_initializer(
             graph,
             names.fresh(f"{base}_zero_point"),
-            _pack_zero_points(weight.zero_point.astype(np.int16) + shift, bits),
+            _pack_zero_points(rounded.zero_point.astype(np.int16) + shift, bits),
         )
     bias = None
     if linear.b is not None:
@@ -143,25 +144,34 @@ def _lower_to_nbits(
     return f"MatMulNBits, {plan.format} in blocks of {plan.block}"
 
 
-def _is_zero(
-    codes: npt.NDArray[np.generic], zero: npt.NDArray[np.generic], block: int
-) -> npt.NDArray[np.bool_]:
+def _is_zero(weight: RoundedWeight, block: int) -> npt.NDArray[np.bool_]:
     """Whether all codes of a block, ``[N, blocks]``, stand for zero."""
-    n, k = codes.shape
-    spread = np.repeat(zero.astype(np.float32), block, axis=1)
-    differs = np.zeros(spread.shape, np.bool_)
-    differs[:, :k] = codes.astype(np.float32) != spread[:, :k]
-    return np.asarray(~differs.reshape(n, -1, block).any(axis=2), np.bool_)
+    rows, groups = weight.scale.shape[0], weight.scale.shape[1]
+    found = np.ones((rows, groups), np.bool_)
+    for group in range(groups):
+        columns = weight.codes[:, group * block : (group + 1) * block]
+        found[:, group] = (columns == weight.zero_point[:, group, None]).all(axis=1)
+    return found
 
 
-def _pack_blocks(codes: npt.NDArray[np.int16], block: int, bits: int) -> npt.NDArray[np.uint8]:
-    """``[N, K]`` unsigned codes to ``[N, blocks, block * bits / 8]`` bytes."""
+def _pack_blocks(
+    codes: npt.NDArray[np.generic], shift: int, block: int, bits: int
+) -> npt.NDArray[np.uint8]:
+    """``[N, K]`` codes, made unsigned by ``shift``, to ``[N, blocks, block * bits / 8]`` bytes."""
     n, k = codes.shape
     blocks = -(-k // block)
-    padded = np.full((n, blocks * block), 1 << (bits - 1), np.int16)
-    padded[:, :k] = codes
-    data = np.frombuffer(pack_bits(padded, bits), np.uint8)
-    return data.reshape(n, blocks, block * bits // 8)
+    fields = 8 // bits
+    packed = np.empty((n, blocks * block // fields), np.uint8)
+    step = max(1, CHUNK // k)
+    for start in range(0, n, step):
+        part = codes[start : start + step]
+        filled = np.full((len(part), blocks * block), 1 << (bits - 1), np.uint8)
+        filled[:, :k] = part.astype(np.int16) + shift
+        low = filled[:, 0::fields]
+        for field in range(1, fields):
+            low = low | (filled[:, field::fields] << np.uint8(field * bits))
+        packed[start : start + step] = low
+    return packed.reshape(n, blocks, -1)
 
 
 def _pack_zero_points(zero: npt.NDArray[np.int16], bits: int) -> npt.NDArray[np.uint8]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,9 @@ from onnxq.solvers.scale_search import mse_params
 
 Array = npt.NDArray[np.generic]
 Float = npt.NDArray[np.float32]
+
+CHUNK = 1 << 20
+"""Weights that are rounded at once."""
 
 
 @dataclass(frozen=True)
@@ -129,9 +133,24 @@ def to_nearest(rows: Float, fmt: Format, plan: WeightPlan) -> RoundedWeight:
         fmt: the format, its scheme included.
         plan: block and method.
     """
-    group = plan.block or None
-    if isinstance(fmt, IntFormat):
-        group = plan.block
+    if not isinstance(fmt, IntFormat):
+        return _to_nearest(rows, fmt, plan, plan.block or None)
+    # Rows are rounded each by itself, so a part at a time needs little memory.
+    step = max(1, CHUNK // rows.shape[1])
+    parts = [
+        _to_nearest(rows[start : start + step], fmt, plan, plan.block)
+        for start in range(0, len(rows), step)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    codes, scale, zero = (
+        np.concatenate([getattr(part, name) for part in parts])
+        for name in ("codes", "scale", "zero_point")
+    )
+    return dataclasses.replace(parts[0], codes=codes, scale=scale, zero_point=zero)
+
+
+def _to_nearest(rows: Float, fmt: Format, plan: WeightPlan, group: int | None) -> RoundedWeight:
     params = None
     if plan.method == "mse":
         params = mse_params(rows, fmt, group=group, norm=2)
