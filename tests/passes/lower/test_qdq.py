@@ -236,7 +236,7 @@ def test_layers_that_share_a_weight_and_feed_each_other(options: dict[str, Any])
 
 
 def test_a_large_bias_over_small_weights_does_not_overflow_int32() -> None:
-    """bias / (input scale * weight scale) would be 5e11: the weight's scale has to grow."""
+    """bias / (input scale * weight scale) would be 5e11: the bias has to stay float."""
     model = h.model_of(
         "g (float[N, 8] x) => (float[N, 4] y) { y = Gemm(x, w, b) }",
         {"w": h.normal(8, 4, scale=1e-7), "b": np.array([500, -500, 0, 1], np.float32)},
