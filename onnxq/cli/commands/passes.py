@@ -74,7 +74,7 @@ def _type(annotation: Any) -> str:
     return (text or str(annotation)).replace("Literal", "").replace("'", "").replace('"', "")
 
 
-def _sections(cls: type[Pass]) -> tuple[list[str], list[str]]:
+def _sections(cls: type[Any]) -> tuple[list[str], list[str]]:
     """The docstring before ``Args:`` and the lines of it."""
     lines = (inspect.getdoc(cls) or "").splitlines()
     for index, line in enumerate(lines):
@@ -84,7 +84,11 @@ def _sections(cls: type[Pass]) -> tuple[list[str], list[str]]:
 
 
 def _documented(cls: type[Pass], field: str) -> str:
-    """The line(s) of one field in the class's docstring."""
+    """The line(s) of one field in the docstring of the class, or of the base that has it."""
+    return next(filter(None, (_documented_in(base, field) for base in cls.__mro__)), "")
+
+
+def _documented_in(cls: type[Any], field: str) -> str:
     _, lines = _sections(cls)
     found: list[str] = []
     depth = 0
