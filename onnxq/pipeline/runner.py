@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
@@ -186,7 +186,9 @@ class Pipeline:
             progress=progress or no_progress,
         )
         reference = model if isinstance(model, ir.Model) else io.load(model)
-        dump = _open_dump(dump_dir, resume, self.passes, reference, settings)
+        # Before the passes run: they share the input's tensors, and may name those without a name.
+        provenance = provenance_of(self.passes, reference, settings)
+        dump = _open_dump(dump_dir, resume, self.passes, provenance)
         state = _State(reference, io.copy_model(reference), Artifacts())
         results: list[StepResult] = []
         if dump is not None and resume:
@@ -201,7 +203,6 @@ class Pipeline:
                     step.report.note("not verified: the run has no samples")
                 fingerprint = None if dump is None else dump.write(step)
                 results.append(_result(step, fingerprint))
-        provenance = provenance_of(self.passes, reference, settings)
         io.set_provenance(state.model, provenance)
         return RunResult(state.model, results, state.artifacts, provenance)
 
@@ -302,8 +303,7 @@ def _open_dump(
     folder: str | os.PathLike[str] | None,
     resume: bool,
     passes: Sequence[Pass],
-    reference: ir.Model,
-    settings: Settings,
+    identity: Mapping[str, Any],
 ) -> Dump | None:
     if folder is None:
         if resume:
@@ -311,7 +311,6 @@ def _open_dump(
                 "SPEC-RESUME", "a run can resume only from a dump folder", "name it with --dump-dir"
             )
         return None
-    identity = provenance_of(passes, reference, settings)
     return Dump.open(Path(folder), identity, passes, resume=resume)
 
 

@@ -243,6 +243,21 @@ def test_a_resumed_run_skips_what_is_done_and_gives_the_same_bytes(tmp_path, mod
     assert resumed.provenance == whole.provenance
 
 
+def test_provenance_names_the_input_as_it_came_in(tmp_path):
+    """The passes share the input's tensors, and lifting a constant names its tensor."""
+    model = ir.from_onnx_text(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[N, 2] x) => (float[N, 2] y) {
+            c = Constant <value = float[2] {1.0, 2.0}> ()
+            y = Add(x, c)
+        }"""
+    )
+    before = io.fingerprint(model)
+    whole = Pipeline("canonicalize").run(model, dump_dir=tmp_path)
+    assert whole.provenance["input"] == before
+    assert "c" in whole.model.graph.initializers
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
