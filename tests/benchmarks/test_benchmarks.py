@@ -261,3 +261,11 @@ def test_the_pipelines_in_the_readme_are_understood() -> None:
     assert len(pipelines) == 2
     for shell, python in pipelines:
         assert len(parse(shell or python)) > 2
+
+
+def test_kernels_are_timed_beside_onnxruntime_on_the_same_computation() -> None:
+    rows = rows_of("kernels.py")
+    cases = {str(row["case"]) for row in rows}
+    assert {"w4a8_g32", "hadamard"} <= cases
+    for row in rows:
+        assert row["ratio"] == pytest.approx(float(row["peer"]) / float(row["ours"]))  # type: ignore[arg-type]
