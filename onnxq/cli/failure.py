@@ -71,7 +71,11 @@ def classify(error: Exception) -> OnnxqError:
 
 def _usage(error: click.UsageError) -> SpecError:
     where = "onnxq" if error.ctx is None else error.ctx.command_path
-    return SpecError("USAGE", _sentence(error.format_message()), f"see `{where} --help`")
+    message = error.format_message()
+    hint = f"see `{where} --help`"
+    if "unexpected extra argument" in message and "," in message:
+        hint = f"quote the text of --passes: the shell expands {{a,b}}; {hint}"
+    return SpecError("USAGE", _sentence(message), hint)
 
 
 def _internal(error: Exception) -> InternalError:

@@ -50,6 +50,9 @@ FLOAT_REASONS = {
     "recurrent": "stays float: its weights are not those of a linear layer",
 }
 
+ONNX_BITS = (2, 4, 8, 16)
+"""Widths of the integers that QuantizeLinear writes, and saturates to."""
+
 RECURRENT = ("LSTM", "GRU", "RNN")
 
 INTEGER_OPS = frozenset(
@@ -109,8 +112,12 @@ class Assign(Pass):
                 f"weights={self.weights} has blocks of {fmt.block}, not {self.block}",
                 "leave block out",
             )
-        if self.activations != "auto":
-            _integer_format(self.activations)
+        if self.activations != "auto" and _integer_format(self.activations).bits not in ONNX_BITS:
+            raise SpecError(
+                "SPEC-FORMAT",
+                f"activations={self.activations} has no type in ONNX, which clamps its codes",
+                f"use an integer format of {', '.join(map(str, ONNX_BITS))} bits",
+            )
         if self.embeddings != "float":
             _integer_format(self.embeddings)
         if self.block and (self.block < 16 or self.block & (self.block - 1)):

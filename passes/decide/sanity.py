@@ -133,9 +133,9 @@ def _check_scales(model: ir.Model) -> int:
             continue
         count += 1
         wide = scale.astype(np.float64)
-        # MatMulNBits takes full-range signed scales; elsewhere a negative scale is an error.
-        least = np.abs(wide) if node.op_type == "MatMulNBits" else wide
-        if not np.isfinite(wide).all() or (least <= 0).any():
+        # MatMulNBits takes signed scales, and 0 for a block of zeros; elsewhere both are errors.
+        positive = node.op_type == "MatMulNBits" or bool((wide > 0).all())
+        if not np.isfinite(wide).all() or not positive:
             raise QualityError(
                 "QUALITY-SCALE",
                 f"{node.op_type} `{node_label(node)}` has a scale that is not finite and positive",

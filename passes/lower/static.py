@@ -115,13 +115,16 @@ class StaticLowering:
         return out
 
     def _require_opset(self, fmt: IntFormat, what: str) -> None:
-        """Before opset 21 QuantizeLinear and DequantizeLinear know 8-bit codes only."""
+        """QuantizeLinear and DequantizeLinear learnt 4 and 16 bits in opset 21, 2 bits in 25."""
         opset = self._model.opset_imports.get("", 0)
-        if opset < 21 and np.dtype(fmt.numpy_dtype) not in (np.int8, np.uint8):
+        if np.dtype(fmt.numpy_dtype) in (np.int8, np.uint8):
+            return
+        needed = 25 if fmt.bits <= 2 else 21
+        if opset < needed:
             raise PreconditionError(
                 "PASS-OPSET",
-                f"`qdq`: {fmt} {what} need opset 21; the model has {opset}",
-                "put `canonicalize{opset=21}` first",
+                f"`qdq`: {fmt} {what} need opset {needed}; the model has {opset}",
+                f"put `canonicalize{{opset={needed}}}` first",
             )
 
     def _activation_params(self, name: str) -> tuple[ir.Value, ir.Value, float]:

@@ -118,6 +118,10 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         (["passes", "--frobnicate"], "see `onnxq passes --help`"),
         (["inspect"], "see `onnxq inspect --help`"),
         (["bench", "m.onnx", "--threads", "0"], "see `onnxq bench --help`"),
+        (
+            ["run", "m.onnx", "--passes", "assign,partiallayers=a", "assign,partialop-types=b"],
+            "quote the text of --passes: the shell expands {a,b}; see `onnxq run --help`",
+        ),
     ],
 )
 def test_usage_errors_are_one_block(args: list[str], hint: str, cli: Any) -> None:

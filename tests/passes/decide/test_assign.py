@@ -202,6 +202,7 @@ def test_the_target_chooses_formats() -> None:
     ("options", "code"),
     [
         ({"weights": "fp8e4m3"}, "SPEC-FORMAT"),
+        ({"activations": "uint5"}, "SPEC-FORMAT"),
         ({"block": 24}, "SPEC-RANGE"),
         ({"block": 32}, "SPEC-COMBINATION"),
         ({"mode": "dynamic", "block": 32}, "SPEC-COMBINATION"),

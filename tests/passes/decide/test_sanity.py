@@ -106,6 +106,29 @@ def test_scales_must_be_finite_and_positive(scale: float) -> None:
     assert code_of(model(), scaled(scale)) == "QUALITY-SCALE"
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.1])
+def test_packed_products_may_have_signed_scales_and_blocks_of_zeros(scale: float) -> None:
+    after = packed(scale)
+    assert "1 scale tensors" in check(after, after, None).notes[0]
+
+
+def test_packed_products_must_have_finite_scales() -> None:
+    with pytest.raises(QualityError) as caught:
+        check(packed(1.0), packed(np.nan), None)
+    assert caught.value.code == "QUALITY-SCALE"
+
+
+def packed(scale: float) -> ir.Model:
+    made = h.model_of(
+        """g (float[1, 32] x) => (float[1, 1] y) {
+            y = com.microsoft.MatMulNBits <K = 32, N = 1, bits = 4, block_size = 32> (x, w, s)
+        }""",
+        {"w": np.full((1, 1, 16), 0x88, np.uint8), "s": np.array([[scale]], np.float32)},
+    )
+    made.graph.opset_imports["com.microsoft"] = 1
+    return made
+
+
 def test_scales_inside_of_branches_are_seen() -> None:
     after = h.model_of(
         """g (float[4] x, bool c) => (float[4] y) {

@@ -272,6 +272,13 @@ def test_sixteen_bits_need_opset_21() -> None:
     assert h.cosine(exact, h.run(done, feeds[0])["y"]) > 0.9999
 
 
+def test_two_bits_need_opset_25() -> None:
+    with pytest.raises(PreconditionError) as caught:
+        quantized(linear_model("matmul"), linear_feeds(), Canonicalize(opset=21), weights="int2")
+    assert caught.value.code == "PASS-OPSET"
+    assert "canonicalize{opset=25}" in caught.value.hint
+
+
 def test_four_bit_weights_in_static_mode_need_opset_21() -> None:
     model, feeds = linear_model("matmul"), linear_feeds()
     with pytest.raises(PreconditionError) as caught:
