@@ -138,7 +138,8 @@ def test_a_job_reports_its_own_memory_and_time(common: ModuleType, tmp_path, mon
     assert cost.error is None
     assert cost.result == {"bytes": 200_000_000}
     assert 200 < cost.peak_mb < 500
-    assert 0.5 <= cost.cpu_s < 1.5
+    # The job has one thread, so its work and its imports cannot take more than the wall clock saw.
+    assert 0.5 <= cost.cpu_s <= 1.05 * cost.wall_s + 0.1
 
 
 def test_memory_of_children_counts(common: ModuleType, tmp_path, monkeypatch) -> None:
