@@ -10,26 +10,19 @@ R3 on queries and keys behind the rotary embedding, R ``[d, d]`` the same for al
     q k' = (q R) (k R)'
 
 R is a Hadamard matrix divided by the root of its order: of the whole width n, or of ``block``
-channels at a time. The whole width is computed as a Kronecker product of two factors,
-``n = K M``, in ``n (K + M)`` multiplications a token instead of ``n^2``::
-
-    x -> [.., K, M] -> times H_M -> swap axes -> times H_K -> [.., n]
-
-The channels come out in the order of the swapped axes; the weight's rows follow. The rotation is a
-node of domain ``com.onnxq`` whose body, standard operators, is a function in the model: so it runs
-anywhere, and no later pass takes it for a layer to be quantized.
+channels at a time. It is one node, ``com.onnxq::Hadamard``: a fast transform in ``n log n``
+additions where the kernels are registered, its body of standard operators where they are not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Final, Literal
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxq.custom_ops import DOMAIN, domain_version
+from onnxq import custom_ops
 from onnxq.errors import SpecError
 from onnxq.graph.edit import Names, add_initializer, insert_after, insert_before
 from onnxq.graph.match import (
@@ -50,10 +43,9 @@ from onnxq.solvers.hadamard import hadamard_factors, hadamard_matrix, has_hadama
 
 Site = Literal["down", "qk"]
 
-ROTATE_BLOCKS: Final = "RotateBlocks"
-ROTATE_KRONECKER: Final = "RotateKronecker"
-_MIN_IR_VERSION = 8
-_MIN_OPSET = 13
+OP: Final = "Hadamard"
+_LARGEST_CORE = 256
+"""That the operator takes."""
 _MAX_STEPS = 12
 
 
@@ -96,8 +88,10 @@ class OnlineHadamard(Pass):
     def run(self, model: ir.Model, ctx: Context) -> PassReport:
         """Rotate at every site that allows it."""
         report = PassReport()
-        if model.opset_imports.get("", 0) < _MIN_OPSET:
-            report.skip("the model", f"needs opset {_MIN_OPSET}; put `canonicalize` first")
+        needed = custom_ops.get(OP).min_opset
+        if model.opset_imports.get("", 0) < needed:
+            reason = f"needs opset {needed}; put `canonicalize{{opset={needed}}}` first"
+            report.skip("the model", reason)
             return report
         structure = analyze(model)
         builder = _Builder(model, structure)
@@ -120,13 +114,14 @@ class OnlineHadamard(Pass):
             if reason is not None:
                 report.skip(down.name, reason)
             elif ctx.budget.take(down.name):
-                plan = RotationPlan.of(n, self.block)
-                put_weight(down, plan.matrix().T @ weight64(down))
-                rotated = builder.rotate(down.x, plan)
-                _read_instead(down.node, down.x, rotated)
-                share = 100 * plan.cost / (n * down.out_features)
+                order = self.block or n
+                put_weight(down, _rotated_rows(weight64(down), order))
+                _read_instead(down.node, down.x, builder.rotate(down.x, order))
+                share = 100 * _additions(order) / down.out_features
                 report.change(
-                    down.name, f"R4: {plan}", f"+{share:.1f}% of the layer's multiplications"
+                    down.name,
+                    f"R4: Hadamard of order {order}",
+                    f"additions for {share:.1f}% of the layer's multiplications",
                 )
 
 
@@ -146,55 +141,23 @@ def _why_no_hadamard(n: int, block: int) -> str | None:
         return f"its {n} inputs are not divided by block={block}"
     if not has_hadamard(block or n):
         return f"no Hadamard matrix of order {n} can be constructed; give a block"
+    core, _ = hadamard_factors(block or n)
+    if core > _LARGEST_CORE:
+        return f"a Hadamard matrix of order {n} has a core of {core}, above {_LARGEST_CORE}"
     return None
 
 
-@dataclass(frozen=True)
-class RotationPlan:
-    """How n channels are rotated.
+def _additions(order: int) -> int:
+    """Of the fast transform, for each channel."""
+    core, doublings = hadamard_factors(order)
+    return core - 1 + doublings
 
-    Args:
-        channels: n.
-        inner: M, the order of the factor that is applied to neighbouring channels.
-        outer: K, the order of the other factor; 0: blocks of M are rotated one by one.
-    """
 
-    channels: int
-    inner: int
-    outer: int
-
-    @classmethod
-    def of(cls, n: int, block: int) -> RotationPlan:
-        """Blocks, or the cheapest two factors of the whole width."""
-        if block:
-            return cls(n, block, 0)
-        core, doublings = hadamard_factors(n)
-        pairs = [(core << i, 1 << (doublings - i)) for i in range(doublings + 1)]
-        outer, inner = min(pairs, key=sum)
-        return cls(n, n, 0) if min(outer, inner) == 1 else cls(n, inner, outer)
-
-    @property
-    def cost(self) -> int:
-        """Multiplications a row."""
-        return self.channels * (self.inner + self.outer)
-
-    def factor(self, order: int) -> Float64:
-        """``H / sqrt(order)``."""
-        return np.asarray(hadamard_matrix(order) / np.sqrt(order), np.float64)
-
-    def matrix(self) -> Float64:
-        """R ``[n, n]`` with ``y = x R`` for a row x."""
-        if not self.outer:
-            blocks = self.channels // self.inner
-            return np.asarray(np.kron(np.eye(blocks), self.factor(self.inner)), np.float64)
-        whole = np.kron(self.factor(self.outer), self.factor(self.inner))
-        swapped = np.arange(self.channels).reshape(self.outer, self.inner).T.reshape(-1)
-        return np.asarray(whole[:, swapped], np.float64)
-
-    def __str__(self) -> str:
-        if self.outer:
-            return f"Hadamard of order {self.channels} = {self.outer} x {self.inner}"
-        return f"Hadamard of order {self.inner}"
+def _rotated_rows(weight: Float64, order: int) -> Float64:
+    """``R' W`` for ``W [K, N]``, R of Hadamard blocks of ``order``."""
+    inverse = hadamard_matrix(order).T / np.sqrt(order)
+    blocks = weight.reshape(-1, order, weight.shape[1])
+    return np.asarray((inverse @ blocks).reshape(weight.shape), np.float64)
 
 
 def _rotate_qk(attention: Attention, builder: _Builder, ctx: Context, report: PassReport) -> None:
@@ -215,11 +178,9 @@ def _rotate_qk(attention: Attention, builder: _Builder, ctx: Context, report: Pa
         return
     if not ctx.budget.take(attention.name):
         return
-    plan = RotationPlan(size, size, 0)
-    rotated = builder.rotate(keys, plan)
-    _read_instead(transpose, keys, rotated)
-    _read_instead(attention.qk_matmul, attention.q, builder.rotate(attention.q, plan))
-    report.change(attention.name, f"R3: {plan}", "queries and keys")
+    _read_instead(transpose, keys, builder.rotate(keys, size))
+    _read_instead(attention.qk_matmul, attention.q, builder.rotate(attention.q, size))
+    report.change(attention.name, f"R3: Hadamard of order {size}", "queries and keys")
 
 
 def _channels(value: ir.Value | None) -> int | None:
@@ -259,79 +220,53 @@ def _read_instead(node: ir.Node, old: ir.Value, new: ir.Value) -> None:
 
 
 class _Builder:
-    """Inserts rotations; factors of one order and type are stored once."""
+    """Inserts rotations; cores of one order are stored once."""
 
     def __init__(self, model: ir.Model, structure: Structure) -> None:
         self._model = model
         # Inner values often come without a type; linear layers compute in that of their weights.
         weights = (value_dtype(linear.weight) for linear in structure.linears)
-        self._dtype = (next(weights, None) or ir.DataType.FLOAT).numpy()
+        self._dtype = next(weights, None) or ir.DataType.FLOAT
         self._names = Names(model.graph)
-        self._factors: dict[tuple[int, np.dtype[np.generic]], ir.Value] = {}
+        self._cores: dict[int, ir.Value] = {}
 
-    def rotate(self, x: ir.Value, plan: RotationPlan) -> ir.Value:
-        """``x R``, computed right after ``x``."""
-        op_type = ROTATE_KRONECKER if plan.outer else ROTATE_BLOCKS
-        self._attach(op_type)
-        dtype = self._dtype if x.dtype is None else x.dtype.numpy()
-        orders = [plan.inner, plan.outer] if plan.outer else [plan.inner]
-        factors = [self._factor(order, plan, dtype) for order in orders]
+    def rotate(self, x: ir.Value, order: int) -> ir.Value:
+        """``x R``, computed right after ``x``, in float32 where the operator has no such type."""
+        custom_ops.attach(self._model, OP)
+        core, _ = hadamard_factors(order)
         base = self._names.fresh(f"{value_name(x)}_rotated")
-        node = ir.Node(DOMAIN, op_type, [x, *factors], num_outputs=1, name=base)
-        out = node.outputs[0]
+        dtype = x.dtype or self._dtype
+        kept = dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+        nodes = [] if kept else [self._cast(x, ir.DataType.FLOAT)]
+        nodes.append(
+            custom_ops.make_node(
+                OP,
+                [nodes[0].outputs[0] if nodes else x, self._core(core)],
+                {"block": order, "scale": float(np.float32(1 / np.sqrt(order)))},
+                name=base,
+            )
+        )
+        if not kept:
+            nodes[-1].outputs[0].name = self._names.fresh(f"{base}_float")
+            nodes.append(self._cast(nodes[-1].outputs[0], dtype))
+        out = nodes[-1].outputs[0]
         out.name, out.type, out.shape = base, x.type, x.shape
         if x.producer() is None:
-            insert_before(next(iter(x.consumers())), node)
+            insert_before(next(iter(x.consumers())), nodes)
         else:
-            insert_after(x, node)
+            insert_after(x, nodes)
         return out
 
-    def _factor(self, order: int, plan: RotationPlan, dtype: np.dtype[np.generic]) -> ir.Value:
-        key = (order, dtype)
-        if key not in self._factors:
-            name = self._names.fresh(f"hadamard_{order}")
-            array = plan.factor(order).astype(dtype)
-            self._factors[key] = add_initializer(self._model.graph, name, array)
-        return self._factors[key]
+    def _cast(self, x: ir.Value, to: ir.DataType) -> ir.Node:
+        name = self._names.fresh(f"{value_name(x)}_Cast")
+        node = ir.node("Cast", [x], {"to": to}, name=name)
+        node.outputs[0].name = self._names.fresh(f"{name}_output")
+        node.outputs[0].type = ir.TensorType(to)
+        return node
 
-    def _attach(self, op_type: str) -> None:
-        model = self._model
-        identifier = (DOMAIN, op_type, "")
-        if identifier in model.functions:
-            return
-        model.ir_version = max(model.ir_version, _MIN_IR_VERSION)
-        model.opset_imports[DOMAIN] = domain_version()
-        model.functions[identifier] = _function(op_type, model.opset_imports[""])
-
-
-def _function(op_type: str, opset: int) -> ir.Function:
-    """The body: ``RotateBlocks(x, inner)`` or ``RotateKronecker(x, inner, outer)``."""
-    has_outer = op_type == ROTATE_KRONECKER
-    inputs = [ir.Value(name=n) for n in ("x", "inner", *(["outer"] if has_outer else []))]
-    x, inner = inputs[:2]
-    nodes: list[ir.Node] = []
-
-    def op(kind: str, args: Iterable[ir.Value], **attributes: object) -> ir.Value:
-        node = ir.node(kind, list(args), attributes)  # type: ignore[arg-type]
-        node.outputs[0].name = f"v{len(nodes)}"
-        nodes.append(node)
-        return node.outputs[0]
-
-    def ints(*numbers: int) -> ir.Value:
-        return op("Constant", [], value_ints=list(numbers))
-
-    def size_of(matrix: ir.Value) -> ir.Value:
-        return op("Slice", [op("Shape", [matrix]), ints(0), ints(1)])
-
-    shape = op("Shape", [x])
-    if has_outer:
-        outer = inputs[2]
-        split = op("Concat", [ints(-1), size_of(outer), size_of(inner)], axis=0)
-        rows = op("MatMul", [op("Reshape", [x, split]), inner])
-        turned = op("MatMul", [op("Transpose", [rows], perm=[0, 2, 1]), outer])
-    else:
-        split = op("Concat", [ints(-1), size_of(inner)], axis=0)
-        turned = op("MatMul", [op("Reshape", [x, split]), inner])
-    result = op("Reshape", [turned, shape])
-    graph = ir.Graph(inputs, [result], nodes=nodes, opset_imports={"": opset}, name=op_type)
-    return ir.Function(DOMAIN, op_type, graph=graph, attributes=[])
+    def _core(self, order: int) -> ir.Value:
+        if order not in self._cores:
+            name = self._names.fresh(f"hadamard_core_{order}")
+            core = hadamard_matrix(order).astype(np.float32)
+            self._cores[order] = add_initializer(self._model.graph, name, core)
+        return self._cores[order]
