@@ -1,6 +1,6 @@
 """One sweep over the calibration samples that answers every request.
 
-Ranges, channel statistics and moments are reduced inside the session. Histograms and row samples
+Ranges and channel statistics are reduced inside the session. Histograms, row samples and moments
 need the elements: those values leave the session, one copy at a time, in as many sweeps as it
 takes to keep the ones alive at once under a limit. Nothing that is kept grows with the samples.
 """
@@ -20,7 +20,6 @@ from onnxq.calibration.observe import (
     FLOATS,
     MASK_THRESHOLD,
     ChannelOutputs,
-    MomentOutputs,
     Observers,
     RangeOutputs,
     named_values,
@@ -46,7 +45,7 @@ Progress: TypeAlias = Callable[[str, int, int | None], None]
 MEMORY_LIMIT_MB = 64
 """Default limit on the observed values that are alive at once."""
 
-_RAW = ("histogram", "rows")
+_RAW = ("histogram", "rows", "moment")
 _MB = 1 << 20
 
 
@@ -279,16 +278,15 @@ class _Sweep:
 
     def _build(self) -> None:
         observers = Observers(self._workspace.model)
-        self._observers: dict[StatRequest, RangeOutputs | ChannelOutputs | MomentOutputs] = {}
+        self._observers: dict[StatRequest, RangeOutputs | ChannelOutputs] = {}
         for request in self._part.reduced:
             guarded = request in self._guarded
             name, mask = request.value, request.mask
             if request.kind == "range":
                 self._observers[request] = observers.range(name, mask, guarded=guarded)
                 continue
-            build = observers.channel if request.kind == "channel" else observers.moment
             axis, rank = self._shapes.axis(request), len(self._shapes[name])
-            self._observers[request] = build(name, axis, rank, mask, guarded=guarded)
+            self._observers[request] = observers.channel(name, axis, rank, mask, guarded=guarded)
         self._raw = {
             name: observers.raw(name)
             for value, requests in self._part.raw.items()
@@ -316,9 +314,7 @@ class _Sweep:
         outputs = self._observers[request]
         if isinstance(outputs, RangeOutputs):
             return self._reduce_range(request, outputs, results)
-        if isinstance(outputs, ChannelOutputs):
-            return self._reduce_channel(request, outputs, results)
-        return self._reduce_moment(request, outputs, results)
+        return self._reduce_channel(request, outputs, results)
 
     def _reduce_range(
         self, request: StatRequest, outputs: RangeOutputs, results: Mapping[str, Any]
@@ -353,20 +349,6 @@ class _Sweep:
             self._stats[request] = batch if before is None else before.merge(batch)
         return True
 
-    def _reduce_moment(
-        self, request: StatRequest, outputs: MomentOutputs, results: Mapping[str, Any]
-    ) -> bool:
-        gram = results[outputs.gram].numpy()
-        guarded = request in self._guarded
-        if not guarded and not np.isfinite(gram).all():
-            return False
-        count = int(np.rint(results[outputs.count].numpy().reshape(-1)[0]))
-        if count:
-            stat = self._stats.setdefault(request, MomentStat.zeros(len(gram)))
-            assert isinstance(stat, MomentStat)
-            stat.add(gram, count)
-        return True
-
     def _observe_raw(self, results: dict[str, Any], feeds: Feeds) -> None:
         key = _sample_key(feeds) if self._takes_rows else np.uint64(0)
         masks: dict[str, npt.NDArray[np.bool_]] = {}
@@ -382,8 +364,10 @@ class _Sweep:
                 good = None if request.mask is None else masks[request.mask]
                 if request.kind == "histogram":
                     self._count(request, array, good, extremes)
-                else:
+                elif request.kind == "rows":
                     self._sample_rows(request, array, good, key)
+                else:
+                    self._add_moment(request, array, good)
 
     def _count(
         self,
@@ -412,19 +396,37 @@ class _Sweep:
         good: npt.NDArray[np.bool_] | None,
         key: np.uint64,
     ) -> None:
-        axis = self._shapes.axis(request)
-        rows = np.moveaxis(array, axis, -1).reshape(-1, array.shape[axis])
+        rows, fine = self._rows(request, array, good)
         keys = _row_keys(key, len(rows))
-        fine = np.isfinite(rows).all(axis=1)
-        if good is not None:
-            spread = np.moveaxis(np.broadcast_to(good, array.shape), axis, -1)
-            fine &= spread.reshape(rows.shape).all(axis=1)
         if not fine.all():
             rows, keys = rows[fine], keys[fine]
         if len(rows):
             stat = self._stats.setdefault(request, RowsStat.zeros(rows.shape[1], request.limit))
             assert isinstance(stat, RowsStat)
             stat.add(rows, keys)
+
+    def _add_moment(
+        self, request: StatRequest, array: np.ndarray, good: npt.NDArray[np.bool_] | None
+    ) -> None:
+        rows, fine = self._rows(request, array, good)
+        if not fine.all():
+            rows = rows[fine]
+        if len(rows):
+            stat = self._stats.setdefault(request, MomentStat.zeros(rows.shape[1]))
+            assert isinstance(stat, MomentStat)
+            stat.add(rows)
+
+    def _rows(
+        self, request: StatRequest, array: np.ndarray, good: npt.NDArray[np.bool_] | None
+    ) -> tuple[np.ndarray, npt.NDArray[np.bool_]]:
+        """The rows ``[m, C]`` along the request's axis, and which of them count."""
+        axis = self._shapes.axis(request)
+        rows = np.moveaxis(array, axis, -1).reshape(-1, array.shape[axis])
+        fine = np.isfinite(rows).all(axis=1)
+        if good is not None:
+            spread = np.moveaxis(np.broadcast_to(good, array.shape), axis, -1)
+            fine &= spread.reshape(rows.shape).all(axis=1)
+        return rows, fine
 
 
 def unmasked(mask: np.ndarray) -> npt.NDArray[np.bool_]:

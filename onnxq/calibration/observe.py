@@ -51,14 +51,6 @@ class ChannelOutputs:
     shape: str
 
 
-@dataclass(frozen=True)
-class MomentOutputs:
-    """Names of ``gram`` ``[C, C]`` and of ``count``, the number of rows that count (float)."""
-
-    gram: str
-    count: str
-
-
 class Observers:
     """Appends observers to a copy of a model.
 
@@ -128,34 +120,6 @@ class Observers:
             count,
             self.shape(name),
         )
-
-    def moment(
-        self, name: str, axis: int, rank: int, mask: str | None, *, guarded: bool
-    ) -> MomentOutputs:
-        """``X.T @ X`` with the rows of X along ``axis`` (non-negative); rows with a bad element
-        become zero and do not count.
-        """
-        rows = self._rows(self._as_float(name), axis, rank)
-        if guarded:
-            ok = self._rows(self._guard(name, mask), axis, rank)
-            as_float = self._node("Cast", [ok], {"to": ir.DataType.FLOAT.value})
-            row_ok = self._reduce_node("ReduceMin", as_float, [1], keepdims=1)
-            good = self._node("Greater", [row_ok, self._scalar(0.5)], dtype=ir.DataType.BOOL)
-            rows = self._where(good, rows, 0.0)
-            count = self._reduce("ReduceSum", row_ok)
-        else:
-            count = self._output(self._node("Shape", [rows], dtype=ir.DataType.INT64))
-        transposed = self._node("Transpose", [rows], {"perm": [1, 0]})
-        return MomentOutputs(self._output(self._node("MatMul", [transposed, rows])), count)
-
-    def _rows(self, value: ir.Value, axis: int, rank: int) -> ir.Value:
-        """``value`` as ``[positions, C]``."""
-        if axis != rank - 1:
-            perm = [i for i in range(rank) if i != axis] + [axis]
-            value = self._node("Transpose", [value], {"perm": perm}, dtype=value.dtype)
-        if rank == 2:
-            return value
-        return self._node("Flatten", [value], {"axis": rank - 1}, dtype=value.dtype)
 
     def _as_float(self, name: str) -> ir.Value:
         if name not in self._floats:

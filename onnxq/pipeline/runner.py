@@ -16,6 +16,7 @@ from threadpoolctl import threadpool_limits
 
 from onnxq.errors import InternalError, SpecError
 from onnxq.graph import io
+from onnxq.graph.spill import spill_new_tensors
 from onnxq.graph.tensors import model_nbytes
 from onnxq.passes.contract import (
     Artifacts,
@@ -266,6 +267,7 @@ def apply_pass(
     # Passes solve many small systems, on which waiting BLAS threads cost more than they give.
     with threadpool_limits(limits=1, user_api="blas"):
         report = owner.run(model, context)
+    spill_new_tensors(model, reference)
     if not isinstance(report, PassReport):
         raise InternalError("PASS-REPORT", f"pass `{owner.name}` returned no report")
     for key in owner.invalidates:

@@ -23,8 +23,8 @@ from onnxq.formats.integer import Scheme
 from onnxq.formats.packing import pack_bits
 from onnxq.graph.edit import Names, add_initializer, insert_before, replace_value
 from onnxq.graph.match import Linear
+from onnxq.graph.spill import spilled
 from onnxq.passes.lower.decode import lower_to_decode
-from onnxq.passes.lower.spill import spilled
 from onnxq.passes.lower.weights import (
     CHUNK,
     integer_format,

@@ -195,8 +195,10 @@ def test_parts_collected_apart_merge_to_the_whole() -> None:
                 whole.get(request).to_storage(),
                 merged.get(request).to_storage(),
             )
+            # Moments add up in float32, and the order shows in the last bits.
+            tolerance = 1e-6 if request.kind == "moment" else 1e-12
             for name in expected:
-                np.testing.assert_allclose(found[name], expected[name], rtol=1e-12)
+                np.testing.assert_allclose(found[name], expected[name], rtol=tolerance)
     assert a.merge(b).samples == 4
 
 

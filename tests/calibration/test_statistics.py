@@ -158,7 +158,7 @@ def everything() -> Statistics:
     rows = RowsStat.zeros(2, 4)
     rows.add(np.ones((3, 2), np.float32), np.array([5, 1, 9], np.uint64))
     moment = MomentStat.zeros(2)
-    moment.add(np.eye(2), 7)
+    moment.add(np.ones((7, 2), np.float32))
     ranged = RangeStat()
     ranged.add(-1, 4)
     return Statistics(

@@ -12,7 +12,6 @@ import onnx.helper as oh
 import pytest
 
 from onnxq.graph import io
-from onnxq.passes.lower.spill import LARGE, spilled
 
 SIZE, LAYERS = 2048, 24
 SCRIPT = """
@@ -23,16 +22,6 @@ passes = "assign{mode=weight-only weights=int4 block=32}, qdq"
 io.save(Pipeline(passes).run(sys.argv[1], verify=False).model, sys.argv[2])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
-
-
-def test_large_arrays_lie_on_disk_and_come_back() -> None:
-    array = np.random.default_rng(0).integers(0, 255, (3, LARGE), np.uint8)
-    tensor = spilled(array)
-    assert not isinstance(tensor, np.ndarray)
-    np.testing.assert_array_equal(tensor.numpy(), array)
-    assert tensor.tobytes() == array.tobytes()
-    small = np.zeros(4, np.float32)
-    assert spilled(small) is small
 
 
 @pytest.mark.slow
