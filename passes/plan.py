@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 
-Mode = Literal["static", "dynamic", "weight-only"]
+Mode = Literal["static", "dynamic", "per-token", "weight-only"]
 WeightMethod = Literal["minmax", "mse"]
+ANY_WEIGHT: Final = ("weight-only", "per-token")
+"""Modes whose weights may have any format, in blocks: the product itself is in float."""
 SiteKind = Literal["matmul", "gemm", "conv", "embedding", "op"]
 
 
@@ -39,6 +41,19 @@ class ValuePlan:
     symmetric: bool = False
     method: str = "minmax"
     same_as: str | None = None
+
+
+@dataclass(frozen=True)
+class ActivationPlan:
+    """How one product's input is rounded at run time, by itself for each token or block.
+
+    Args:
+        format: with its block, for example ``int8``, ``int4g32``, ``mxfp4``.
+        clip: share of the largest magnitude that the codes reach.
+    """
+
+    format: str
+    clip: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -73,6 +88,7 @@ class SitePlan:
         inputs: names of the values that it reads quantized (static mode).
         output: name of the value that is quantized right after it; empty if it stays float.
         weight: how its constant is stored; None for operators without one.
+        activation: how its input is rounded at run time (mode ``per-token``).
         by: the pass that decided.
         why: its reason, in a few words.
     """
@@ -83,6 +99,7 @@ class SitePlan:
     inputs: tuple[str, ...] = ()
     output: str = ""
     weight: WeightPlan | None = None
+    activation: ActivationPlan | None = None
     by: str = ""
     why: str = ""
 
@@ -131,12 +148,13 @@ class QuantPlan:
             floats=dict(header["floats"]),
         )
         for raw in header["sites"]:
-            weight = raw["weight"]
+            weight, activation = raw["weight"], raw["activation"]
             plan.sites[raw["site"]] = SitePlan(
                 **{
                     **raw,
                     "inputs": tuple(raw["inputs"]),
                     "weight": None if weight is None else WeightPlan(**weight),
+                    "activation": None if activation is None else ActivationPlan(**activation),
                 }
             )
         return plan

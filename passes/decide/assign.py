@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from onnxq.calibration.requests import StatRequest
 from onnxq.errors import SpecError, UnsupportedError
-from onnxq.formats import IntFormat, parse_format
+from onnxq.formats import IntFormat, MxFormat, NvFp4Format, parse_format
 from onnxq.graph.match import Linear, Structure, analyze, analyze_all, is_op
 from onnxq.graph.match.values import node_label, op_domain, value_dtype
 from onnxq.passes.contract import Context, Key, Pass, PassReport
@@ -34,7 +34,16 @@ from onnxq.passes.decide.integer_regions import (
     output_of_conv,
 )
 from onnxq.passes.keys import PLAN, STATISTICS
-from onnxq.passes.plan import Mode, QuantPlan, SitePlan, ValuePlan, WeightPlan
+from onnxq.passes.lower.activations import activation_format
+from onnxq.passes.plan import (
+    ANY_WEIGHT,
+    ActivationPlan,
+    Mode,
+    QuantPlan,
+    SitePlan,
+    ValuePlan,
+    WeightPlan,
+)
 from onnxq.passes.sites import site_names
 from onnxq.passes.targets import Target
 
@@ -76,11 +85,16 @@ class Assign(Pass):
     """Decide formats for weights, activations and embedding tables.
 
     Args:
-        mode: ``static`` (ranges from calibration), ``dynamic`` (activation ranges taken at run
-            time) or ``weight-only`` (activations stay float).
-        weights: format of weights: ``int8``, ``int4``, ...; in mode ``weight-only`` any format
-            (``nvfp4``, ``mxfp4``, ``nf4``, ...), else an integer one.
-        activations: integer format of activations, or ``auto``: what the target is fast with.
+        mode: ``static`` (ranges from calibration), ``dynamic`` (one range a tensor, taken at run
+            time), ``per-token`` (one range a token or block, taken at run time) or
+            ``weight-only`` (activations stay float).
+        weights: format of weights: ``int8``, ``int4``, ...; in modes ``weight-only`` and
+            ``per-token`` any format (``nvfp4``, ``mxfp4``, ``nf4``, ...), else an integer one.
+        activations: format of activations, or ``auto``: what the target is fast with, and int8 in
+            mode ``per-token``. There it may be any that can be computed at run time, with its
+            block: ``int4``, ``int4g32``, ``fp8e4m3``, ``mxfp4``, ``nvfp4``; else an integer one.
+        clip: in mode ``per-token``, share of a token's largest magnitude that integer and float
+            codes reach.
         block: elements along the reduction axis that share a weight scale; 0: one scale an
             output channel.
         weight_method: how weight ranges are chosen.
@@ -97,6 +111,7 @@ class Assign(Pass):
     mode: Mode = "static"
     weights: str = "int8"
     activations: str = "auto"
+    clip: float = 1.0
     block: int = 0
     weight_method: Literal["minmax", "mse"] = "minmax"
     symmetric_weights: bool = True
@@ -104,7 +119,7 @@ class Assign(Pass):
 
     def __post_init__(self) -> None:
         fmt = parse_format(self.weights)
-        if self.mode != "weight-only":
+        if self.mode not in ANY_WEIGHT:
             fmt = _integer_format(self.weights)
         if fmt.block and self.block not in (0, fmt.block):
             raise SpecError(
@@ -112,29 +127,56 @@ class Assign(Pass):
                 f"weights={self.weights} has blocks of {fmt.block}, not {self.block}",
                 "leave block out",
             )
-        if self.activations != "auto" and _integer_format(self.activations).bits not in ONNX_BITS:
-            raise SpecError(
-                "SPEC-FORMAT",
-                f"activations={self.activations} has no type in ONNX, which clamps its codes",
-                f"use an integer format of {', '.join(map(str, ONNX_BITS))} bits",
-            )
+        self._check_activations()
         if self.embeddings != "float":
             _integer_format(self.embeddings)
         if self.block and (self.block < 16 or self.block & (self.block - 1)):
             raise SpecError("SPEC-RANGE", f"block={self.block} is not a power of two from 16 on")
-        if self.mode != "weight-only" and (self.block or fmt.block):
+        if self.mode not in ANY_WEIGHT and (self.block or fmt.block):
             raise SpecError(
                 "SPEC-COMBINATION",
                 f"mode={self.mode} has one scale a channel; "
                 f"block={self.block or fmt.block} does not go with it",
-                "use mode=weight-only, or leave block out",
+                "use mode=weight-only or mode=per-token, or leave block out",
             )
         if self.mode == "dynamic" and fmt.bits != 8:
             raise SpecError(
                 "SPEC-COMBINATION",
                 f"mode=dynamic multiplies 8-bit integers; weights={self.weights} are not",
-                "use weights=int8, or mode=weight-only",
+                "use weights=int8, mode=per-token or mode=weight-only",
             )
+
+    def _check_activations(self) -> None:
+        if self.mode == "per-token":
+            fmt = activation_format(self._activation.format)
+            if not 0.0 < self.clip <= 1.0:
+                raise SpecError("SPEC-RANGE", f"clip={self.clip} is not above 0 and up to 1")
+            if self.clip != 1.0 and isinstance(fmt, MxFormat | NvFp4Format):
+                raise SpecError(
+                    "SPEC-COMBINATION",
+                    f"the scales of {fmt} follow their own rule, not clip={self.clip}",
+                    "leave clip out",
+                )
+            return
+        if self.clip != 1.0:
+            raise SpecError(
+                "SPEC-COMBINATION",
+                f"clip={self.clip} is for mode=per-token, not mode={self.mode}",
+                "choose static ranges with `calibrate{method=mse}`",
+            )
+        if self.activations == "auto":
+            return
+        if _integer_format(self.activations).bits not in ONNX_BITS:
+            raise SpecError(
+                "SPEC-FORMAT",
+                f"activations={self.activations} has no type in ONNX, which clamps its codes",
+                f"use an integer format of {', '.join(map(str, ONNX_BITS))} bits",
+            )
+
+    @property
+    def _activation(self) -> ActivationPlan:
+        name = "int8" if self.activations == "auto" else self.activations
+        return ActivationPlan(name, self.clip)
 
     def needs(self) -> tuple[Key[Any], ...]:
         """Static mode takes ranges from statistics."""
@@ -213,6 +255,7 @@ class Assign(Pass):
                     else 0,
                     self.weight_method,
                 ),
+                activation=self._activation if self.mode == "per-token" else None,
                 by=self.name,
                 why=f"weight of {linear.in_features} x {linear.out_features}",
             )
@@ -230,6 +273,12 @@ class Assign(Pass):
             )
         if self.mode == "weight-only" and linear.kind == "conv":
             return "weight-only mode: Conv has no kernel on packed weights"
+        if self.mode == "per-token":
+            if linear.kind == "conv":
+                return "per-token mode: the rows of a Conv are no tokens"
+            size = activation_format(self._activation.format).block
+            if size and linear.in_features % size:
+                return f"its {linear.in_features} inputs are not divided by blocks of {size}"
         if self.mode == "static" and model.opset_imports.get("", 0) < 13:
             return "per-channel DequantizeLinear needs opset 13; put `canonicalize` first"
         return None

@@ -26,7 +26,7 @@ from onnxq.passes.contract import Context, Pass, PassReport
 from onnxq.passes.decide.set_format import planned, spell
 from onnxq.passes.keys import PLAN, STATISTICS
 from onnxq.passes.naming import about
-from onnxq.passes.plan import SitePlan, WeightPlan
+from onnxq.passes.plan import ANY_WEIGHT, SitePlan, WeightPlan
 from onnxq.passes.weights.rounding import format_of, rows_of
 from onnxq.solvers.hessian import output_error
 from onnxq.solvers.rtn import rtn
@@ -98,7 +98,7 @@ class AssignFormat(Pass):
         for site in plan.sites.values():
             if site.site not in layers or site.weight is None:
                 continue
-            if site.mode != "weight-only":
+            if site.mode not in ANY_WEIGHT:
                 report.skip(site.site, f"its activations are quantized ({site.mode})")
                 continue
             sites.append(site)

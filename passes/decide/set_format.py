@@ -17,7 +17,7 @@ from onnxq.formats import IntFormat, parse_format
 from onnxq.graph.match import Structure, analyze
 from onnxq.passes.contract import Context, Pass, PassReport
 from onnxq.passes.keys import PLAN
-from onnxq.passes.plan import QuantPlan, SitePlan, WeightPlan
+from onnxq.passes.plan import ANY_WEIGHT, QuantPlan, SitePlan, WeightPlan
 from onnxq.passes.sites import site_names
 from onnxq.passes.targets import Target
 
@@ -67,7 +67,7 @@ class SetFormat(Pass):
         for site in list(plan.sites.values()):
             if site.weight is None or not any(fnmatchcase(site.site, g) for g in self.layers):
                 continue
-            if site.mode != "weight-only":
+            if site.mode not in ANY_WEIGHT:
                 report.skip(site.site, f"its activations are quantized ({site.mode})")
                 continue
             weight = self._weight(site, site.weight, plan, structure, ctx.target)

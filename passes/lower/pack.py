@@ -9,6 +9,7 @@ mode           activations
 =============  ==================================================================================
 weight-only    as ``activations`` says: rounded to INT8, one scale a token, or float
 dynamic        rounded to INT8, one scale a token
+per-token      rounded to INT8, one scale a token; other formats are left for ``qdq``
 static         none: their ranges are fixed, ``qdq`` performs them
 =============  ==================================================================================
 """
@@ -32,7 +33,7 @@ from onnxq.passes.contract import Context, Pass, PassReport
 from onnxq.passes.keys import PLAN, ROUNDED, STATISTICS
 from onnxq.passes.lower.qdq import forget_shapes
 from onnxq.passes.lower.weights import to_nearest, weight_as_read
-from onnxq.passes.plan import SitePlan
+from onnxq.passes.plan import ActivationPlan, SitePlan
 from onnxq.passes.weights.rounded import RoundedWeight, RoundedWeights
 
 OP = "QuantMatMul"
@@ -125,7 +126,7 @@ class Pack(Pass):
             zero_point=zero,
             factor=rounded.factor,
             scale_type=self.scales if rounded.scale_type == "float32" else rounded.scale_type,
-            int8_activations=site.mode == "dynamic"
+            int8_activations=site.mode in ("dynamic", "per-token")
             or (self.activations == "int8" and takes_int8(levels)),
             bias=linear.b,
         )
@@ -136,6 +137,8 @@ def _reason_against(site: SitePlan, linear: Linear | None) -> str | None:
         return "no matrix product with a constant weight"
     if site.mode == "static":
         return "its activations have fixed ranges"
+    if site.activation is not None and site.activation != ActivationPlan("int8"):
+        return f"no kernel rounds activations to {site.activation.format} as planned"
     return None
 
 

@@ -6,6 +6,8 @@ mode           what stands in the graph afterwards
 static         ``QuantizeLinear -> DequantizeLinear`` on planned activations, weights as integers
                behind ``DequantizeLinear``; onnxruntime fuses them into integer kernels
 dynamic        ``DynamicQuantizeLinear -> MatMulInteger -> Cast -> Mul``; onnxruntime fuses them
+per-token      a function that rounds activations token by token, or block by block, in front of a
+               float product; weights decoded
 weight-only    ``MatMulNBits`` where the target has it, else a blocked ``DequantizeLinear``
 embeddings     ``Gather`` of integer rows and of their scales, ``Cast``, ``Mul``
 =============  ==================================================================================
@@ -22,10 +24,11 @@ from onnxq.graph.edit import remove_dead
 from onnxq.graph.match import analyze
 from onnxq.passes.contract import Context, Pass, PassReport
 from onnxq.passes.keys import PLAN, ROUNDED, STATISTICS
+from onnxq.passes.lower.activations import ActivationRounding
 from onnxq.passes.lower.dynamic import DynamicLowering
 from onnxq.passes.lower.embedding import lower_embedding
 from onnxq.passes.lower.static import StaticLowering
-from onnxq.passes.lower.weight_only import lower_weight_only
+from onnxq.passes.lower.weight_only import lower_decoded, lower_weight_only
 from onnxq.passes.sites import site_names
 from onnxq.passes.weights.rounded import RoundedWeights
 
@@ -58,6 +61,7 @@ class Qdq(Pass):
         rounded = ctx.artifacts.get(ROUNDED) if ROUNDED in ctx.artifacts else RoundedWeights()
         static = StaticLowering(model, plan, rounded)
         dynamic = DynamicLowering(model, rounded)
+        activations = ActivationRounding(model)
         for site in plan.sites.values():
             if not ctx.budget.take(site.site):
                 continue
@@ -70,6 +74,12 @@ class Qdq(Pass):
                 what = static.lower_linear(linear, site)
             elif site.mode == "dynamic":
                 what = dynamic.lower(linear, site)
+            elif site.activation is not None:
+                activations.read_rounded(
+                    linear.node, 1 - linear.weight_index, linear.in_features, site.activation
+                )
+                what = f"{site.activation.format} activations a token, "
+                what += lower_decoded(model, linear, site, rounded.get(site.site))
             else:
                 what = lower_weight_only(model, linear, site, ctx.target, rounded.get(site.site))
             report.change(site.site, what)

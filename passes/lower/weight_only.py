@@ -27,6 +27,7 @@ from onnxq.graph.spill import spilled
 from onnxq.passes.lower.decode import lower_to_decode
 from onnxq.passes.lower.weights import (
     CHUNK,
+    grid_format,
     integer_format,
     quantize_weight,
     take_rounded,
@@ -55,6 +56,20 @@ def lower_weight_only(
         raise InternalError("PLAN-WEIGHT", f"{site.site} has no weight plan")
     with about(site.site):
         return _lower(model, linear, plan, target, rounded)
+
+
+def lower_decoded(
+    model: ir.Model, linear: Linear, site: SitePlan, rounded: RoundedWeight | None
+) -> str:
+    """Store one layer's weight in codes that are decoded for a product in float."""
+    plan = site.weight
+    if plan is None:
+        raise InternalError("PLAN-WEIGHT", f"{site.site} has no weight plan")
+    fmt = grid_format(plan)
+    with about(site.site):
+        if rounded is None:
+            rounded = to_nearest(_rows(linear), fmt, plan)
+        return f"{plan.format} weights: {lower_to_decode(model, linear, rounded, fmt.bits)}"
 
 
 def _lower(

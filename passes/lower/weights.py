@@ -50,6 +50,16 @@ def integer_format(name: str) -> IntFormat:
     return fmt
 
 
+def grid_format(plan: WeightPlan) -> Format:
+    """The format as codes are decoded in float: blocks of integers take signed scales."""
+    fmt = parse_format(plan.format)
+    if not isinstance(fmt, IntFormat):
+        return fmt
+    if not plan.symmetric:
+        return dataclasses.replace(fmt, block=0, scheme="asym")
+    return dataclasses.replace(fmt, block=0, scheme="full" if plan.block else "sym")
+
+
 def weight_as_read(linear: Linear) -> tuple[Float, int, int]:
     """The weight in the layout in which the node reads it, with its in and out axis."""
     stored = linear.w

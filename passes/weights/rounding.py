@@ -22,6 +22,7 @@ from onnxq.formats import Format, IntFormat, Params, parse_format
 from onnxq.graph.match import Linear, analyze
 from onnxq.passes.contract import Context, Key, Pass, PassReport
 from onnxq.passes.keys import PLAN, ROUNDED, STATISTICS
+from onnxq.passes.lower.weights import grid_format
 from onnxq.passes.naming import about
 from onnxq.passes.plan import SitePlan, WeightPlan
 from onnxq.passes.weights.rounded import RoundedWeight, RoundedWeights
@@ -116,6 +117,8 @@ class WeightRounding(Pass):
 
 def format_of(site: SitePlan, weight: WeightPlan, ctx: Context) -> Format:
     """The planned format; packed operators take signed scales, which gains up to 1 dB."""
+    if site.mode == "per-token":
+        return grid_format(weight)
     fmt = parse_format(weight.format)
     if not isinstance(fmt, IntFormat):
         return fmt
