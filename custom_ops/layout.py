@@ -3,9 +3,11 @@
 Columns (output channels) come in panels of 32, k in steps of 4. In each step of a panel lie the
 four k of 32 columns, ``bits`` bits each:
 
-- ``codes [P, J, 16 * bits]`` uint8, ``P = ceil(N / 32)``, ``J = ceil(K / 4)``. With
-  ``f = 8 / bits`` fields in a byte and ``w = 32 / f`` columns to a field, byte
-  ``4 * (c % w) + k % 4`` of step ``k // 4`` holds column c (within the panel) in field ``c // w``,
+- ``codes [P, J, 16 * bits]`` uint8, ``P = ceil(N / 32)``, ``J = ceil(K / 4)``. The bits of a code
+  are cut into planes of 8, 4, 2 and 1 bits, each width at most once: 3 is 2 + 1, 6 is 4 + 2. The
+  widest plane comes first and holds the lowest bits. A plane of ``w`` bits takes ``16 * w`` bytes
+  of a step: with ``f = 8 / w`` fields in a byte and ``d = 32 / f`` columns to a field, its byte
+  ``4 * (c % d) + k % 4`` of step ``k // 4`` holds column c (within the panel) in field ``c // d``,
   the lowest bits first. So 32 bits hold four k of one column, which is what dot-product
   instructions multiply at once.
 - ``scales`` and ``zero_points [P, G, 32]``, ``G = ceil(K / group)``: those of a group side by side.
@@ -29,35 +31,56 @@ PANEL = 32
 STEP = 4
 
 
+def planes(bits: int) -> list[tuple[int, int]]:
+    """Width and lowest bit of each plane of codes of ``bits`` bits, in their order."""
+    found, low = [], 0
+    for width in (8, 4, 2, 1):
+        if bits & width:
+            found.append((width, low))
+            low += width
+    return found
+
+
 def pack_codes(codes: Array, bits: int) -> npt.NDArray[np.uint8]:
     """Codes to ``[P, J, 16 * bits]`` bytes.
 
     Args:
         codes: ``[N, K]``, each in ``[0, 2**bits)``.
-        bits: 2, 4 or 8.
+        bits: 1 to 8.
     """
     n, k = codes.shape
     if codes.size and not 0 <= int(codes.min()) <= int(codes.max()) < 1 << bits:
         raise InternalError("INTERNAL-CODES", f"codes beyond {bits} bits cannot be packed")
-    fields = 8 // bits
     panels, steps = -(-n // PANEL), -(-k // STEP)
     padded = np.zeros((panels * PANEL, steps * STEP), np.uint8)
     padded[:n, :k] = codes
-    # [P, field, w, J, 4] -> [P, J, field, w, 4]
-    split = padded.reshape(panels, fields, PANEL // fields, steps, STEP).transpose(0, 3, 1, 2, 4)
-    shifts = (np.arange(fields, dtype=np.uint8) * np.uint8(bits)).reshape(1, 1, -1, 1, 1)
-    packed = np.bitwise_or.reduce(split << shifts, axis=2)
-    return np.ascontiguousarray(packed.reshape(panels, steps, 16 * bits))
+    packed = []
+    for width, low in planes(bits):
+        fields = 8 // width
+        plane = padded >> np.uint8(low) & np.uint8((1 << width) - 1)
+        # [P, field, d, J, 4] -> [P, J, field, d, 4]
+        split = plane.reshape(panels, fields, PANEL // fields, steps, STEP).transpose(0, 3, 1, 2, 4)
+        shifts = (np.arange(fields, dtype=np.uint8) * np.uint8(width)).reshape(1, 1, -1, 1, 1)
+        packed.append(np.bitwise_or.reduce(split << shifts, axis=2))
+    whole = [
+        part.reshape(panels, steps, 16 * width)
+        for part, (width, _) in zip(packed, planes(bits), strict=True)
+    ]
+    return np.ascontiguousarray(np.concatenate(whole, axis=2))
 
 
 def unpack_codes(packed: Array, n: int, k: int) -> npt.NDArray[np.uint8]:
     """The inverse of `pack_codes`: ``[N, K]`` codes."""
     panels, steps, width = packed.shape
-    bits = width // 16
-    fields = 8 // bits
-    shifts = (np.arange(fields, dtype=np.uint8) * np.uint8(bits)).reshape(1, 1, -1, 1)
-    split = (packed[:, :, None] >> shifts) & np.uint8((1 << bits) - 1)
-    whole = split.reshape(panels, steps, PANEL, STEP).transpose(0, 2, 1, 3)
+    codes = np.zeros((panels, steps, PANEL * STEP), np.uint8)
+    at = 0
+    for bits, low in planes(width // 16):
+        fields = 8 // bits
+        shifts = (np.arange(fields, dtype=np.uint8) * np.uint8(bits)).reshape(1, 1, -1, 1)
+        plane = packed[:, :, None, at : at + 16 * bits] >> shifts & np.uint8((1 << bits) - 1)
+        codes |= plane.reshape(codes.shape) << np.uint8(low)
+        at += 16 * bits
+    whole = codes.reshape(panels, steps, PANEL, STEP).transpose(0, 2, 1, 3)
     return np.ascontiguousarray(whole.reshape(panels * PANEL, steps * STEP)[:n, :k])
 
 

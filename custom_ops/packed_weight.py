@@ -16,6 +16,8 @@ from onnxq.formats import Format, IntFormat, Params
 Array = npt.NDArray[Any]
 ScaleType = Literal["float16", "float32", "e8m0", "e4m3"]
 
+CODE_BITS = (1, 2, 3, 4, 6, 8)
+"""Widths of codes that there are kernels for."""
 _MIN_GROUP = 16
 _STEP = 4
 _MAX_FRACTION_BITS = 6
@@ -166,7 +168,7 @@ def pack_table(
 
 
 def _code_bits(levels: Array) -> int:
-    return 4 if len(levels) <= 1 << 4 else 8
+    return next(bits for bits in CODE_BITS if len(levels) <= 1 << bits)
 
 
 def _complete(levels: Array, bits: int) -> tuple[Array, int]:
@@ -193,7 +195,7 @@ def _integer_step(table: Array, bits: int) -> tuple[float, bool]:
     for fraction in range(_MAX_FRACTION_BITS + 1):
         scaled = np.ldexp(table, fraction)
         if (scaled == np.rint(scaled)).all():
-            fits = bits == 4 or bool((np.diff(scaled) == 1).all())
+            fits = bits < 8 or bool((np.diff(scaled) == 1).all())
             small = float(scaled.max() - scaled.min()) <= _INTEGER_SPAN
             return (2.0**-fraction, True) if fits and small else (1.0, False)
     return 1.0, False

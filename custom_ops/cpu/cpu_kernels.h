@@ -6,7 +6,7 @@
 #include <type_traits>
 
 #include "op_kernel.h"
-#include "quant_mat_mul.h"
+#include "packed_linear.h"
 
 namespace onnxq {
 
@@ -53,14 +53,7 @@ class QuantMatMul {
 
  private:
   using T = std::conditional_t<type == ElementType::kFloat16, uint16_t, float>;
-
-  QuantMatMulAttributes attributes_;
-  const QuantMatMulKernels* kernels_ = nullptr;
-  const PerTokenRows* rows_ = nullptr;
-  Allocator allocator_;
-  bool prepared_ = false;  // `weights_` and `bias_` are from constants of the model
-  QuantWeights weights_{};
-  QuantBias bias_{};
+  PackedLinear linear_;
 };
 
 // x: [..., K], core: [c, c] -> y: [..., K]; see defs/hadamard.py.

@@ -20,12 +20,39 @@ enum class ScaleType : int { kFloat32, kFloat16, kBfloat16, kE4M3, kE8M0 };
 
 // How codes become levels.
 enum class LevelKind : int {
+  kTable2,    // 1-bit codes, 2 levels
+  kTable4,    // 2-bit codes, 4 levels
+  kTable8,    // 3-bit codes, 8 levels
   kTable16,   // 4-bit codes, 16 levels
+  kTable64,   // 6-bit codes, 64 levels
   kAffine4,   // 4-bit codes, level = code + offset
   kAffine8,   // 8-bit codes, level = code + offset
   kE4M3,      // 8-bit codes that are the FP8 numbers themselves, none of them NaN
   kTable256,  // 8-bit codes, 256 levels
 };
+
+static constexpr int64_t kMaxByteLevels = 64;  // of tables that integer activations meet
+
+static constexpr int64_t CodeBits(LevelKind kind) {
+  switch (kind) {
+    case LevelKind::kTable2:
+      return 1;
+    case LevelKind::kTable4:
+      return 2;
+    case LevelKind::kTable8:
+      return 3;
+    case LevelKind::kTable16:
+    case LevelKind::kAffine4:
+      return 4;
+    case LevelKind::kTable64:
+      return 6;
+    default:
+      return 8;
+  }
+}
+
+// Bytes of one step of a panel: four k of 32 columns.
+static constexpr int64_t StepBytes(LevelKind kind) { return 16 * CodeBits(kind); }
 
 struct QuantMatMulAttributes {
   int64_t k = 0;
@@ -50,19 +77,17 @@ struct QuantWeights {
   const int8_t* zero_points;  // [P, G, 32], or null: none (one for all is in the levels)
   ScaleType scale_type;
   LevelKind kind;
-  const float* levels;  // [16] or [256]
-  uint8_t bytes[16];    // kTable16 with integer activations: level = bytes[code] + offset
-  int32_t offset;       // of kAffine4, kAffine8 and `bytes`
-  uint8_t top;          // the largest level less the offset
-  float factor;         // of all weights
+  const float* levels;            // [2^bits]
+  uint8_t bytes[kMaxByteLevels];  // tables with integer activations: level = bytes[code] + offset
+  int32_t offset;                 // of kAffine4, kAffine8 and `bytes`
+  uint8_t top;                    // the largest level less the offset
+  float factor;                   // of all weights
   int64_t k, n;
   int64_t steps;        // J
   int64_t group_steps;  // J of a group
   int64_t groups;       // G
 
-  int64_t code_bytes() const {  // of one step of a panel
-    return kind == LevelKind::kTable16 || kind == LevelKind::kAffine4 ? 64 : 128;
-  }
+  int64_t code_bytes() const { return StepBytes(kind); }  // of one step of a panel
 };
 
 // One product: x [M, K] times the weights. Activations are either integers (q) or floats (x).

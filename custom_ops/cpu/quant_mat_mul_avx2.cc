@@ -1,99 +1,15 @@
 // AVX2 and FMA: vectors of 8 columns; four k of a column are one 32-bit lane.
-#include <immintrin.h>
-
-#include "quant_mat_mul_driver.h"
+#include "quant_mat_mul_codes_avx2.h"
 
 namespace onnxq {
 namespace {
 
-constexpr int64_t kLanes = 8;
 constexpr int64_t kPair = 2 * kLanes;
 
 ONNXQ_INLINE inline __m256i Broadcast4(const int8_t* q) {
   int32_t four;
   std::memcpy(&four, q, sizeof four);
   return _mm256_set1_epi32(four);
-}
-
-ONNXQ_INLINE inline __m256i Load(const void* at) {
-  return _mm256_loadu_si256(static_cast<const __m256i*>(at));
-}
-ONNXQ_INLINE inline __m256i LoadI8(const int8_t* at) {
-  return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at)));
-}
-ONNXQ_INLINE inline __m128i LoadHalves(const void* at) {
-  return _mm_loadu_si128(static_cast<const __m128i*>(at));
-}
-ONNXQ_INLINE inline __m256i LoadBytes(const void* at) {
-  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(at)));
-}
-ONNXQ_INLINE inline void Store(void* at, __m256i v) {
-  _mm256_storeu_si256(static_cast<__m256i*>(at), v);
-}
-
-ONNXQ_INLINE inline __m256 Select(__m256i where, __m256 yes, __m256 no) {
-  return _mm256_blendv_ps(no, yes, _mm256_castsi256_ps(where));
-}
-
-ONNXQ_INLINE inline __m256 FromE4M3(__m256i code) {
-  const __m256i magnitude = _mm256_and_si256(code, _mm256_set1_epi32(0x7f));
-  const __m256i bits = _mm256_slli_epi32(magnitude, 20);
-  const __m256 normal = _mm256_castsi256_ps(_mm256_add_epi32(bits, _mm256_set1_epi32(120 << 23)));
-  // (1 + M / 8) * 2^-6 - 2^-6, without a subnormal on the way.
-  const __m256 subnormal =
-      _mm256_sub_ps(_mm256_castsi256_ps(_mm256_add_epi32(bits, _mm256_set1_epi32(121 << 23))),
-                    _mm256_set1_ps(0x1p-6F));
-  __m256 value = Select(_mm256_cmpgt_epi32(_mm256_set1_epi32(8), magnitude), subnormal, normal);
-  value = Select(_mm256_cmpeq_epi32(magnitude, _mm256_set1_epi32(0x7f)),
-                 _mm256_set1_ps(std::numeric_limits<float>::quiet_NaN()), value);
-  const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(code, _mm256_set1_epi32(0x80)), 24);
-  return _mm256_or_ps(value, _mm256_castsi256_ps(sign));
-}
-
-ONNXQ_INLINE inline __m256 FromE8M0(__m256i code) {
-  const __m256 value = _mm256_castsi256_ps(_mm256_slli_epi32(code, 23));
-  const __m256 least = _mm256_set1_ps(0x1p-127F);
-  const __m256 nan = _mm256_set1_ps(std::numeric_limits<float>::quiet_NaN());
-  return Select(_mm256_cmpeq_epi32(code, _mm256_setzero_si256()), least,
-                Select(_mm256_cmpeq_epi32(code, _mm256_set1_epi32(255)), nan, value));
-}
-
-// Eight scales from element `at` on.
-ONNXQ_INLINE inline __m256 Scales(ScaleType type, const void* scales, int64_t at) {
-  switch (type) {
-    case ScaleType::kFloat32:
-      return _mm256_loadu_ps(static_cast<const float*>(scales) + at);
-    case ScaleType::kFloat16:
-      return _mm256_cvtph_ps(LoadHalves(static_cast<const uint16_t*>(scales) + at));
-    case ScaleType::kBfloat16:
-      return _mm256_castsi256_ps(_mm256_slli_epi32(
-          _mm256_cvtepu16_epi32(LoadHalves(static_cast<const uint16_t*>(scales) + at)), 16));
-    case ScaleType::kE4M3:
-      return FromE4M3(LoadBytes(static_cast<const uint8_t*>(scales) + at));
-    case ScaleType::kE8M0:
-      return FromE8M0(LoadBytes(static_cast<const uint8_t*>(scales) + at));
-  }
-  return _mm256_setzero_ps();
-}
-
-// Codes of 16 columns, 16 h to 16 h + 15, as unsigned levels less the offset.
-template <LevelKind kind>
-ONNXQ_INLINE inline void LoadStep(const uint8_t* codes, int h, __m256i table, __m256i (&out)[2]) {
-  if constexpr (kind == LevelKind::kAffine8) {
-    out[0] = Load(codes + h * 64);
-    out[1] = Load(codes + h * 64 + 32);
-  } else {
-    const __m256i nibble = _mm256_set1_epi8(15);
-    Each<2>([&](auto v) ONNXQ_INLINE {
-      const __m256i both = Load(codes + v * 32);
-      out[v] = _mm256_and_si256(h == 0 ? both : _mm256_srli_epi16(both, 4), nibble);
-      if constexpr (kind == LevelKind::kTable16) out[v] = _mm256_shuffle_epi8(table, out[v]);
-    });
-  }
-}
-
-ONNXQ_INLINE inline __m256i Table(const QuantWeights& w) {
-  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.bytes)));
 }
 
 // How unsigned weights meet signed activations. maddubs adds two products in 16 bits, saturating:
@@ -169,18 +85,19 @@ struct Avx2 {
   static void UnpackBytes(const QuantWeights& w, const uint8_t* codes, int64_t steps,
                           uint8_t* out) {
     const __m256i table = Table(w);
-    for (int64_t i = 0; i < steps; ++i, codes += 64, out += 128) {
-      Each<2>([&](auto h) ONNXQ_INLINE {
-        __m256i bytes[2];
-        if (w.kind == LevelKind::kTable16) {
-          LoadStep<LevelKind::kTable16>(codes, h, table, bytes);
-        } else {
-          LoadStep<LevelKind::kAffine4>(codes, h, table, bytes);
-        }
-        Store(out + h * 64, bytes[0]);
-        Store(out + h * 64 + 32, bytes[1]);
-      });
-    }
+    WithByteKind(w, [&](auto kind) {
+      constexpr LevelKind kKind = decltype(kind)::value;
+      const uint8_t* from = codes;
+      uint8_t* to = out;
+      for (int64_t i = 0; i < steps; ++i, from += StepBytes(kKind), to += 128) {
+        Each<2>([&](auto h) ONNXQ_INLINE {
+          __m256i bytes[2];
+          LoadStep<kKind>(w, from, h, table, bytes);
+          Store(to + h * 64, bytes[0]);
+          Store(to + h * 64 + 32, bytes[1]);
+        });
+      }
+    });
   }
 
   static void LoadScales(ScaleType type, const void* scales, float* out) {
@@ -234,7 +151,7 @@ struct Avx2 {
   template <int rows, LevelKind kind>
   ONNXQ_NOINLINE static void Int8Panel(const QuantProduct& p, int64_t panel, float* sums) {
     const QuantWeights& w = *p.weights;
-    constexpr int64_t kBytes = kind == LevelKind::kAffine8 ? 128 : 64;
+    constexpr int64_t kBytes = StepBytes(kind);
     const __m256i table = Table(w);
     const Width width = WidthOf(w.top);
     __m256 sum[4];
@@ -254,8 +171,9 @@ struct Avx2 {
                 _mm256_mullo_epi32(acc[0][v], _mm256_sub_epi32(_mm256_set1_epi32(w.offset), zero));
           }
         });
-        Steps(width, p.q + 4 * first, 0, steps, acc,
-              [&](int64_t i, __m256i(&b)[2]) { LoadStep<kind>(codes + i * kBytes, h, table, b); });
+        Steps(width, p.q + 4 * first, 0, steps, acc, [&](int64_t i, __m256i(&b)[2]) {
+          LoadStep<kind>(w, codes + i * kBytes, h, table, b);
+        });
         Each<2>([&](auto v) ONNXQ_INLINE {
           sum[2 * h + v] = _mm256_fmadd_ps(
               _mm256_cvtepi32_ps(acc[0][v]),
@@ -268,12 +186,13 @@ struct Avx2 {
 
   // Levels of 8 columns at the k of the step that `shift` selects.
   template <LevelKind kind>
-  ONNXQ_INLINE static inline __m256 Levels(const QuantWeights& w, __m256i codes, int shift) {
+  ONNXQ_INLINE static inline __m256 Levels(const QuantWeights& w, const float* table, __m256i codes,
+                                           int shift) {
     const __m256i code = _mm256_srl_epi32(codes, _mm_cvtsi32_si128(shift));
-    if constexpr (kind == LevelKind::kTable16) {
+    if constexpr (CodeBits(kind) <= 4) {
       // The permutation looks at three bits; the fourth chooses the half of the table.
-      const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(w.levels), code);
-      const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(w.levels + kLanes), code);
+      const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(table), code);
+      const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(table + kLanes), code);
       return Select(_mm256_slli_epi32(code, 28), high, low);
     } else {
       const __m256i byte = _mm256_and_si256(code, _mm256_set1_epi32(255));
@@ -285,32 +204,16 @@ struct Avx2 {
     }
   }
 
-  // Calls `body` with the kind as a constant; 4-bit levels all go through the table.
-  template <class Body>
-  static void WithKind(const QuantWeights& w, const Body& body) {
-    switch (w.kind) {
-      case LevelKind::kTable16:
-      case LevelKind::kAffine4:
-        return body(std::integral_constant<LevelKind, LevelKind::kTable16>{});
-      case LevelKind::kAffine8:
-        return body(std::integral_constant<LevelKind, LevelKind::kAffine8>{});
-      case LevelKind::kE4M3:
-        return body(std::integral_constant<LevelKind, LevelKind::kE4M3>{});
-      case LevelKind::kTable256:
-        return body(std::integral_constant<LevelKind, LevelKind::kTable256>{});
-    }
-  }
-
   // Weights of 16 columns at 4 k: use(kk, vector, weights).
   template <LevelKind kind, class Use>
-  ONNXQ_INLINE static inline void Step(const QuantWeights& w, const uint8_t* codes, int h,
-                                       const __m256 (&scale)[2], const __m256 (&zero)[2],
-                                       const Use& use) {
+  ONNXQ_INLINE static inline void Step(const QuantWeights& w, const float* table,
+                                       const uint8_t* codes, int h, const __m256 (&scale)[2],
+                                       const __m256 (&zero)[2], const Use& use) {
     constexpr bool kFour = kind == LevelKind::kTable16;
     Each<2>([&](auto v) ONNXQ_INLINE {
-      const __m256i four = Load(codes + (kFour ? 0 : h * 64) + v * 32);
+      const __m256i four = kFour ? Load(codes + v * 32) : LoadCodes<kind>(codes, 2 * h + v);
       Each<4>([&](auto kk) ONNXQ_INLINE {
-        const __m256 level = Levels<kind>(w, four, 8 * kk + (kFour ? 4 * h : 0));
+        const __m256 level = Levels<kind>(w, table, four, 8 * kk + (kFour ? 4 * h : 0));
         use(kk, v, _mm256_mul_ps(_mm256_sub_ps(level, zero[v]), scale[v]));
       });
     });
@@ -328,8 +231,10 @@ struct Avx2 {
 
   static void UnpackFloats(const QuantWeights& w, int64_t panel, int64_t step, const Piece& piece,
                            float* out, int64_t width) {
+    alignas(32) float table[16];
+    LoadTable16(w, table);
     WithKind(w, [&](auto kind) {
-      constexpr int64_t kBytes = kind == LevelKind::kTable16 ? 64 : 128;
+      constexpr int64_t kBytes = StepBytes(kind);
       Each<2>([&](auto h) ONNXQ_INLINE {
         __m256 scale[2];
         __m256 zero[2];
@@ -337,7 +242,7 @@ struct Avx2 {
         const uint8_t* codes = w.codes + (panel * w.steps + step) * kBytes;
         float* to = out + h * kPair;
         for (int64_t i = 0; i < piece.steps; ++i, codes += kBytes, to += 4 * width) {
-          Step<kind>(w, codes, h, scale, zero, [&](int kk, int v, __m256 weights) {
+          Step<kind>(w, table, codes, h, scale, zero, [&](int kk, int v, __m256 weights) {
             _mm256_store_ps(to + kk * width + v * kLanes, weights);
           });
         }
@@ -373,8 +278,10 @@ struct Avx2 {
   ONNXQ_NOINLINE static void FloatPanels(const QuantProduct& p, int64_t panel, int64_t count,
                                          float* sums) {
     const QuantWeights& w = *p.weights;
+    alignas(32) float table[16];
+    LoadTable16(w, table);
     WithKind(w, [&](auto kind) {
-      constexpr int64_t kBytes = kind == LevelKind::kTable16 ? 64 : 128;
+      constexpr int64_t kBytes = StepBytes(kind);
       for (int64_t i = 0; i < count; ++i) {
         __m256 acc[2][2];
         for (auto& half : acc) half[0] = half[1] = _mm256_setzero_ps();
@@ -389,7 +296,7 @@ struct Avx2 {
             const float* x = p.x + 4 * step;
             const int left = static_cast<int>(std::min<int64_t>(4, w.k - 4 * step));
             Each<2>([&](auto h) ONNXQ_INLINE {
-              Step<kind>(w, codes, h, scale[h], zero[h], [&](int kk, int v, __m256 weights) {
+              Step<kind>(w, table, codes, h, scale[h], zero[h], [&](int kk, int v, __m256 weights) {
                 if (kk >= left) return;
                 acc[h][v] = _mm256_fmadd_ps(_mm256_set1_ps(x[kk]), weights, acc[h][v]);
               });

@@ -1,12 +1,8 @@
 // AVX-512 with VNNI: vectors of 16 columns; four k of a column are one 32-bit lane.
-#include <immintrin.h>
-
-#include "quant_mat_mul_driver.h"
+#include "quant_mat_mul_codes_avx512.h"
 
 namespace onnxq {
 namespace {
-
-constexpr int64_t kLanes = 16;
 
 // acc += four products of unsigned a and signed b in each lane. The assembly works on a local: with
 // an array's element as its operand the array would stay in memory. (gcc 12 copies the accumulators
@@ -23,110 +19,6 @@ ONNXQ_INLINE inline __m512i Broadcast4(const int8_t* q) {
   return _mm512_set1_epi32(four);
 }
 
-ONNXQ_INLINE inline __m512 FromE4M3(__m512i code) {
-  const __m512i magnitude = _mm512_and_si512(code, _mm512_set1_epi32(0x7f));
-  const __m512i bits = _mm512_slli_epi32(magnitude, 20);
-  const __m512 normal = _mm512_castsi512_ps(_mm512_add_epi32(bits, _mm512_set1_epi32(120 << 23)));
-  // (1 + M / 8) * 2^-6 - 2^-6, without a subnormal on the way.
-  const __m512 subnormal =
-      _mm512_sub_ps(_mm512_castsi512_ps(_mm512_add_epi32(bits, _mm512_set1_epi32(121 << 23))),
-                    _mm512_set1_ps(0x1p-6F));
-  __m512 value = _mm512_mask_blend_ps(_mm512_cmplt_epi32_mask(magnitude, _mm512_set1_epi32(8)),
-                                      normal, subnormal);
-  value = _mm512_mask_blend_ps(_mm512_cmpeq_epi32_mask(magnitude, _mm512_set1_epi32(0x7f)), value,
-                               _mm512_set1_ps(std::numeric_limits<float>::quiet_NaN()));
-  const __m512i sign = _mm512_slli_epi32(_mm512_and_si512(code, _mm512_set1_epi32(0x80)), 24);
-  return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(value), sign));
-}
-
-ONNXQ_INLINE inline __m512 FromE8M0(__m512i code) {
-  __m512i bits = _mm512_slli_epi32(code, 23);
-  bits =
-      _mm512_mask_mov_epi32(bits, _mm512_testn_epi32_mask(code, code), _mm512_set1_epi32(1 << 22));
-  bits = _mm512_mask_mov_epi32(bits, _mm512_cmpeq_epi32_mask(code, _mm512_set1_epi32(255)),
-                               _mm512_set1_epi32(0x7fc00000));
-  return _mm512_castsi512_ps(bits);
-}
-
-ONNXQ_INLINE inline __m512i Load16Bytes(const void* at) {
-  return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(at)));
-}
-ONNXQ_INLINE inline __m256i Load16Halves(const void* at) {
-  return _mm256_loadu_si256(static_cast<const __m256i*>(at));
-}
-
-// Sixteen scales from element `at` on.
-ONNXQ_INLINE inline __m512 Scales(ScaleType type, const void* scales, int64_t at) {
-  switch (type) {
-    case ScaleType::kFloat32:
-      return _mm512_loadu_ps(static_cast<const float*>(scales) + at);
-    case ScaleType::kFloat16:
-      return _mm512_cvtph_ps(Load16Halves(static_cast<const uint16_t*>(scales) + at));
-    case ScaleType::kBfloat16:
-      return _mm512_castsi512_ps(_mm512_slli_epi32(
-          _mm512_cvtepu16_epi32(Load16Halves(static_cast<const uint16_t*>(scales) + at)), 16));
-    case ScaleType::kE4M3:
-      return FromE4M3(Load16Bytes(static_cast<const uint8_t*>(scales) + at));
-    case ScaleType::kE8M0:
-      return FromE8M0(Load16Bytes(static_cast<const uint8_t*>(scales) + at));
-  }
-  return _mm512_setzero_ps();
-}
-
-ONNXQ_NOINLINE void ConvertScales(ScaleType type, const void* scales, int64_t at, int64_t count,
-                                  float* out) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    _mm512_storeu_ps(out + i, Scales(type, scales, at + i));
-  }
-}
-
-// E4M3 numbers other than NaN, from the byte at `shift` of each lane. S.EEEE.MMM becomes the half
-// S.0EEEE.MMM0000000, whose exponent is eight too small; conversion from halves knows subnormals
-// even when the processor is told to flush them.
-ONNXQ_INLINE inline __m512 Numbers(__m512i codes, int shift) {
-  const __m512i top = _mm512_sll_epi32(codes, _mm_cvtsi32_si128(24 - shift));
-  const __m512i half = _mm512_and_si512(_mm512_srai_epi32(top, 17), _mm512_set1_epi32(0xbf80));
-  return _mm512_mul_ps(_mm512_cvtph_ps(_mm512_cvtepi32_epi16(half)), _mm512_set1_ps(0x1p8F));
-}
-
-// The step 2 KiB ahead: the hardware alone falls behind where there is much to do with each byte.
-template <int64_t bytes>
-ONNXQ_INLINE inline void Prefetch(const uint8_t* codes) {
-  constexpr int64_t kAhead = 2048;
-  for (int64_t line = 0; line < bytes; line += 64) {
-    _mm_prefetch(reinterpret_cast<const char*>(codes + kAhead + line), _MM_HINT_T0);
-  }
-}
-
-// Codes of the columns 16 h to 16 h + 15, as unsigned levels less the offset.
-template <LevelKind kind>
-ONNXQ_INLINE inline void LoadStep(const uint8_t* codes, __m512i table, __m512i (&out)[2]) {
-  if constexpr (kind == LevelKind::kAffine8) {
-    out[0] = _mm512_loadu_si512(codes);
-    out[1] = _mm512_loadu_si512(codes + 64);
-  } else {
-    const __m512i nibble = _mm512_set1_epi8(15);
-    const __m512i both = _mm512_loadu_si512(codes);
-    out[0] = _mm512_and_si512(both, nibble);
-    out[1] = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
-    if constexpr (kind == LevelKind::kTable16) {
-      out[0] = _mm512_shuffle_epi8(table, out[0]);
-      out[1] = _mm512_shuffle_epi8(table, out[1]);
-    }
-  }
-}
-
-ONNXQ_INLINE inline __m512i Table(const QuantWeights& w) {
-  return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.bytes)));
-}
-
-// Sixteen zero points from element `at` on, as offset - zero point.
-ONNXQ_INLINE inline __m512i Zeros(const QuantWeights& w, int64_t at) {
-  const __m512i zero =
-      _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.zero_points + at)));
-  return _mm512_sub_epi32(_mm512_set1_epi32(w.offset), zero);
-}
-
 struct Avx512vnni {
   static constexpr int64_t kTileRows = 6;  // 24 sums, 4 weights, 1 activation: 29 of 32 registers
   static constexpr int kPanelRows = kSmallRows;
@@ -134,16 +26,17 @@ struct Avx512vnni {
   static void UnpackBytes(const QuantWeights& w, const uint8_t* codes, int64_t steps,
                           uint8_t* out) {
     const __m512i table = Table(w);
-    for (int64_t i = 0; i < steps; ++i, codes += 64, out += 128) {
-      __m512i bytes[2];
-      if (w.kind == LevelKind::kTable16) {
-        LoadStep<LevelKind::kTable16>(codes, table, bytes);
-      } else {
-        LoadStep<LevelKind::kAffine4>(codes, table, bytes);
+    WithByteKind(w, [&](auto kind) {
+      constexpr LevelKind kKind = decltype(kind)::value;
+      const uint8_t* from = codes;
+      uint8_t* to = out;
+      for (int64_t i = 0; i < steps; ++i, from += StepBytes(kKind), to += 128) {
+        __m512i bytes[2];
+        LoadStep<kKind>(w, from, table, bytes);
+        _mm512_store_si512(to, bytes[0]);
+        _mm512_store_si512(to + 64, bytes[1]);
       }
-      _mm512_store_si512(out, bytes[0]);
-      _mm512_store_si512(out + 64, bytes[1]);
-    }
+    });
   }
 
   static void LoadScales(ScaleType type, const void* scales, float* out) {
@@ -202,7 +95,7 @@ struct Avx512vnni {
   template <int rows, LevelKind kind>
   ONNXQ_NOINLINE static void Int8Panel(const QuantProduct& p, int64_t panel, float* sums) {
     const QuantWeights& w = *p.weights;
-    constexpr int64_t kBytes = kind == LevelKind::kAffine8 ? 128 : 64;
+    constexpr int64_t kBytes = StepBytes(kind);
     const uint8_t* codes = w.codes + panel * w.steps * kBytes;
     const __m512i table = Table(w);
     const int8_t* q = p.q;
@@ -232,7 +125,7 @@ struct Avx512vnni {
       });
       for (int64_t i = 0; i < steps; ++i, q += 4, codes += kBytes) {
         __m512i b[2];
-        LoadStep<kind>(codes, table, b);
+        LoadStep<kind>(w, codes, table, b);
         Prefetch<kBytes>(codes);
         Each<rows>([&](auto r) ONNXQ_INLINE {
           const __m512i a = Broadcast4(q + r * p.q_stride);
@@ -258,8 +151,14 @@ struct Avx512vnni {
                                            int shift) {
     if constexpr (kind == LevelKind::kE4M3) return Numbers(codes, shift);
     const __m512i code = _mm512_srl_epi32(codes, _mm_cvtsi32_si128(shift));
-    if constexpr (kind == LevelKind::kTable16) {
+    if constexpr (CodeBits(kind) <= 4) {
       return _mm512_permutexvar_ps(code, table);  // looks at four bits only
+    } else if constexpr (kind == LevelKind::kTable64) {
+      const float* levels = w.levels;
+      const __m512 low = _mm512_permutex2var_ps(table, code, _mm512_loadu_ps(levels + kLanes));
+      const __m512 high = _mm512_permutex2var_ps(_mm512_loadu_ps(levels + 2 * kLanes), code,
+                                                 _mm512_loadu_ps(levels + 3 * kLanes));
+      return _mm512_mask_blend_ps(_mm512_test_epi32_mask(code, _mm512_set1_epi32(32)), low, high);
     } else {
       const __m512i byte = _mm512_and_si512(code, _mm512_set1_epi32(255));
       if constexpr (kind == LevelKind::kAffine8) {
@@ -275,11 +174,15 @@ struct Avx512vnni {
                                        const __m512 (&scale)[2], const __m512 (&zero)[2],
                                        bool has_zeros, const Use& use) {
     constexpr bool kFour = kind == LevelKind::kTable16;
-    const __m512i low = _mm512_loadu_si512(codes);
-    const __m512i high = kFour ? low : _mm512_loadu_si512(codes + 64);
+    __m512i code[2];
+    if constexpr (kFour) {
+      code[0] = code[1] = _mm512_loadu_si512(codes);
+    } else {
+      LoadCodes<kind>(codes, code);
+    }
     Each<4>([&](auto kk) ONNXQ_INLINE {
-      __m512 level[2] = {Levels<kind>(w, table, low, 8 * kk),
-                         Levels<kind>(w, table, high, 8 * kk + (kFour ? 4 : 0))};
+      __m512 level[2] = {Levels<kind>(w, table, code[0], 8 * kk),
+                         Levels<kind>(w, table, code[1], 8 * kk + (kFour ? 4 : 0))};
       if (has_zeros) {
         level[0] = _mm512_sub_ps(level[0], zero[0]);
         level[1] = _mm512_sub_ps(level[1], zero[1]);
@@ -302,31 +205,15 @@ struct Avx512vnni {
     });
   }
 
-  // Calls `body` with the kind as a constant; 4-bit levels all go through the table.
-  template <class Body>
-  static void WithKind(const QuantWeights& w, const Body& body) {
-    switch (w.kind) {
-      case LevelKind::kTable16:
-      case LevelKind::kAffine4:
-        return body(std::integral_constant<LevelKind, LevelKind::kTable16>{});
-      case LevelKind::kAffine8:
-        return body(std::integral_constant<LevelKind, LevelKind::kAffine8>{});
-      case LevelKind::kE4M3:
-        return body(std::integral_constant<LevelKind, LevelKind::kE4M3>{});
-      case LevelKind::kTable256:
-        return body(std::integral_constant<LevelKind, LevelKind::kTable256>{});
-    }
-  }
-
   static void UnpackFloats(const QuantWeights& w, int64_t panel, int64_t step, const Piece& piece,
                            float* out, int64_t width) {
     __m512 scale[2];
     __m512 zero[2];
     LoadGroup(w, panel, piece.group, scale, zero);
-    const __m512 table = _mm512_loadu_ps(w.levels);
+    const __m512 table = FloatTable(w);
     const bool has_zeros = w.zero_points != nullptr;
     WithKind(w, [&](auto kind) {
-      constexpr int64_t kBytes = kind == LevelKind::kTable16 ? 64 : 128;
+      constexpr int64_t kBytes = StepBytes(kind);
       const uint8_t* codes = w.codes + (panel * w.steps + step) * kBytes;
       float* to = out;
       for (int64_t i = 0; i < piece.steps; ++i, codes += kBytes, to += 4 * width) {
@@ -378,9 +265,9 @@ struct Avx512vnni {
 
   template <LevelKind kind, int panels>
   ONNXQ_NOINLINE static void FloatPanelsOf(const QuantProduct& p, int64_t panel, float* sums) {
-    constexpr int64_t kBytes = kind == LevelKind::kTable16 ? 64 : 128;
+    constexpr int64_t kBytes = StepBytes(kind);
     const QuantWeights& w = *p.weights;
-    const __m512 table = _mm512_loadu_ps(w.levels);
+    const __m512 table = FloatTable(w);
     const bool has_zeros = w.zero_points != nullptr;
     const uint8_t* codes = w.codes + panel * w.steps * kBytes;
     const int64_t apart = w.steps * kBytes;

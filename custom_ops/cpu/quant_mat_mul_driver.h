@@ -97,6 +97,51 @@ int64_t CutChunk(const QuantWeights& w, int64_t step, int64_t limit, Piece* piec
   return count;
 }
 
+// Calls `body` with the kind as a constant, for weights that integer activations can meet.
+template <class Body>
+ONNXQ_INLINE inline void WithByteKind(const QuantWeights& w, const Body& body) {
+  switch (w.kind) {
+    case LevelKind::kTable2:
+      return body(std::integral_constant<LevelKind, LevelKind::kTable2>{});
+    case LevelKind::kTable4:
+      return body(std::integral_constant<LevelKind, LevelKind::kTable4>{});
+    case LevelKind::kTable8:
+      return body(std::integral_constant<LevelKind, LevelKind::kTable8>{});
+    case LevelKind::kTable16:
+      return body(std::integral_constant<LevelKind, LevelKind::kTable16>{});
+    case LevelKind::kTable64:
+      return body(std::integral_constant<LevelKind, LevelKind::kTable64>{});
+    case LevelKind::kAffine4:
+      return body(std::integral_constant<LevelKind, LevelKind::kAffine4>{});
+    default:
+      return body(std::integral_constant<LevelKind, LevelKind::kAffine8>{});
+  }
+}
+
+// The same for float activations; 4-bit levels all go through the table.
+template <class Body>
+void WithKind(const QuantWeights& w, const Body& body) {
+  switch (w.kind) {
+    case LevelKind::kTable2:
+      return body(std::integral_constant<LevelKind, LevelKind::kTable2>{});
+    case LevelKind::kTable4:
+      return body(std::integral_constant<LevelKind, LevelKind::kTable4>{});
+    case LevelKind::kTable8:
+      return body(std::integral_constant<LevelKind, LevelKind::kTable8>{});
+    case LevelKind::kTable16:
+    case LevelKind::kAffine4:
+      return body(std::integral_constant<LevelKind, LevelKind::kTable16>{});
+    case LevelKind::kTable64:
+      return body(std::integral_constant<LevelKind, LevelKind::kTable64>{});
+    case LevelKind::kAffine8:
+      return body(std::integral_constant<LevelKind, LevelKind::kAffine8>{});
+    case LevelKind::kE4M3:
+      return body(std::integral_constant<LevelKind, LevelKind::kE4M3>{});
+    case LevelKind::kTable256:
+      return body(std::integral_constant<LevelKind, LevelKind::kTable256>{});
+  }
+}
+
 template <class V>
 void WriteRows(const QuantProduct& p, const float* sums, int64_t width, int64_t first, int64_t row,
                int64_t rows) {
@@ -239,16 +284,9 @@ void Int8SmallOf(const QuantProduct& p, int64_t first, int64_t last) {
     if (p.m != rows) return Int8SmallOf<V, rows - 1>(p, first, last);
     alignas(64) float sums[rows * kPanel];
     for (int64_t panel = first; panel < last; ++panel) {
-      switch (p.weights->kind) {
-        case LevelKind::kAffine4:
-          V::template Int8Panel<rows, LevelKind::kAffine4>(p, panel, sums);
-          break;
-        case LevelKind::kTable16:
-          V::template Int8Panel<rows, LevelKind::kTable16>(p, panel, sums);
-          break;
-        default:
-          V::template Int8Panel<rows, LevelKind::kAffine8>(p, panel, sums);
-      }
+      WithByteKind(*p.weights, [&](auto kind) {
+        V::template Int8Panel<rows, decltype(kind)::value>(p, panel, sums);
+      });
       WriteRows<V>(p, sums, kPanel, panel, 0, rows);
     }
   }

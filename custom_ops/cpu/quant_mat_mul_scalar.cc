@@ -7,14 +7,23 @@
 namespace onnxq {
 namespace {
 
+// The planes of a step lie one after another, the widest first; it holds the lowest bits.
 uint8_t CodeAt(const QuantWeights& w, int64_t column, int64_t k) {
-  const int64_t bytes = w.code_bytes();
-  const uint8_t* step = w.codes + (column / kPanel * w.steps + k / 4) * bytes;
+  const uint8_t* plane = w.codes + (column / kPanel * w.steps + k / 4) * w.code_bytes();
   const int64_t c = column % kPanel;
-  const int64_t per_field = bytes / 4;  // columns that one field of the bytes holds
-  const uint8_t byte = step[c % per_field * 4 + k % 4];
-  if (bytes == 128) return byte;
-  return c < per_field ? byte & 15U : static_cast<uint8_t>(byte >> 4);
+  const int64_t bits = CodeBits(w.kind);
+  int code = 0;
+  int low = 0;
+  for (int width = 8; width > 0; width /= 2) {
+    if ((bits & width) == 0) continue;
+    const int64_t per_field = 4 * width;  // columns that one field of the bytes holds
+    const int byte = plane[c % per_field * 4 + k % 4];
+    const int field = byte >> (static_cast<int>(c / per_field) * width);
+    code |= (field & ((1 << width) - 1)) << low;
+    low += width;
+    plane += 16 * width;
+  }
+  return static_cast<uint8_t>(code);
 }
 
 int64_t GroupIndex(const QuantWeights& w, int64_t column, int64_t group) {
@@ -22,21 +31,20 @@ int64_t GroupIndex(const QuantWeights& w, int64_t column, int64_t group) {
 }
 
 int32_t IntegerLevel(const QuantWeights& w, uint8_t code) {
-  return w.offset + (w.kind == LevelKind::kTable16 ? w.bytes[code] : code);
+  const bool affine = w.kind == LevelKind::kAffine4 || w.kind == LevelKind::kAffine8;
+  return w.offset + (affine ? code : w.bytes[code]);
 }
 
 float FloatLevel(const QuantWeights& w, uint8_t code) {
   switch (w.kind) {
-    case LevelKind::kTable16:
-    case LevelKind::kTable256:
-      return w.levels[code];
     case LevelKind::kAffine4:
     case LevelKind::kAffine8:
       return static_cast<float>(code + w.offset);
     case LevelKind::kE4M3:
       return FromE4M3(code);
+    default:
+      return w.levels[code];
   }
-  return 0;
 }
 
 void GroupSums(const int8_t* q, const QuantWeights& w, int32_t multiplier, int32_t* out) {

@@ -32,10 +32,10 @@ y      = x · W + bias
 W[k,n] = (levels[code[k,n]] - zero_points[k // group, n]) · scales[k // group, n] · factor
 ```
 
-`levels` gives the format: -8 to 7 for INT4, -128 to 127 for INT8, the 16 numbers of E2M1 or NF4,
-the 256 of E4M3, any codebook. Codes, scales and zero points lie in layout 1
-(`custom_ops/layout.py`): panels of 32 columns, `P = ceil(N / 32)`, steps of four k,
-`J = ceil(K / 4)`, groups `G = ceil(K / group)`; the last group may be shorter.
+`levels` gives the format: -8 to 7 for INT4, -128 to 127 for INT8, -1 and 1 for binary weights, the
+16 numbers of E2M1 or NF4, the 64 of E2M3, the 256 of E4M3, any codebook. Codes, scales and zero
+points lie in layout 1 (`custom_ops/layout.py`): panels of 32 columns, `P = ceil(N / 32)`, steps of
+four k, `J = ceil(K / 4)`, groups `G = ceil(K / group)`; the last group may be shorter.
 
 With `int8_activations = 1` each row of x is first quantized as DynamicQuantizePerToken does it,
 `x ≈ s · q`, and groups are summed in integers. Levels must then be integers, at most 255 apart
@@ -55,9 +55,9 @@ f16 results are rounded once, at the end. The body agrees with them within
 
 - A row with a NaN or an infinity in x is NaN, or what float arithmetic makes of it without
   `int8_activations`; other rows are not touched by it.
-- Errors: another layout, `bits` other than 4 and 8, a group that is no multiple of 4 or below 16
-  (unless it spans K), with integer activations above 65536; shapes that do not fit; levels other
-  than those; a NaN or infinite scale, where scales are constants of the model.
+- Errors: another layout, `bits` other than 1, 2, 3, 4, 6 and 8, a group that is no multiple of 4 or
+  below 16 (unless it spans K), with integer activations above 65536; shapes that do not fit; levels
+  other than those; a NaN or infinite scale, where scales are constants of the model.
 """
 
 _E8M0_BIAS = 127
@@ -82,6 +82,14 @@ def _build_function() -> onnx.FunctionProto:
 
     domain = Opset(DOMAIN, 1)
     powers = onnx.numpy_helper.from_array(powers_of_two(), "powers")
+    # Of planes of 4, 2 and 1 bits: where each field of a byte begins, [f, 1], and the mask of one.
+    shifts4, shifts2, shifts1 = (
+        onnx.numpy_helper.from_array(np.arange(0, 8, width, dtype=np.uint8)[:, None])
+        for width in (4, 2, 1)
+    )
+    mask4, mask2, mask1 = (
+        onnx.numpy_helper.from_array(np.array([(1 << width) - 1], np.uint8)) for width in (4, 2, 1)
+    )
 
     @script(domain, default_opset=op)
     def QuantMatMul(
@@ -106,25 +114,51 @@ def _build_function() -> onnx.FunctionProto:
         n = op.Reshape(op.Constant(value_int=N), one)
         group_size = op.Reshape(op.Constant(value_int=group), one)
 
-        # [P, J, bytes] -> [P, J, 32, 4]: the fields of a byte hold columns that lie w apart.
-        width = op.Constant(value_int=bits)
-        shifts = op.Range(op.Constant(value_int=0), op.Constant(value_int=8), width)
-        fields = op.Cast(op.Unsqueeze(shifts, op.Constant(value_ints=[1])), to=_UINT8)
-        mask = op.Cast(
-            op.Sub(
-                op.Cast(op.Pow(op.Constant(value_float=2.0), op.Cast(width, to=_FLOAT)), to=_INT64),
-                op.Constant(value_int=1),
-            ),
-            to=_UINT8,
-        )
-        split = op.BitShift(
-            op.Unsqueeze(codes, op.Constant(value_ints=[2])), fields, direction="RIGHT"
-        )
-        code = op.Cast(op.BitwiseAnd(split, mask), to=_INT64)
+        # [P, J, bytes] -> [P, J, 128]: each plane's fields, one after another, hold columns that
+        # lie apart. A plane that the codes do not have is read from zeros behind them.
         panels = op.Shape(codes, start=0, end=1)
         steps = op.Shape(codes, start=1, end=2)
-        lanes = op.Concat(panels, steps, op.Constant(value_ints=[32, 4]), axis=0)
-        level = op.Gather(levels, op.Reshape(code, lanes))
+        width = op.Reshape(op.Constant(value_int=bits), one)
+        eight = op.Constant(value_ints=[8])
+        four = op.Constant(value_ints=[4])
+        two = op.Constant(value_ints=[2])
+        step_bytes = op.Mul(width, op.Constant(value_ints=[16]))
+        lanes = op.Concat(panels, steps, op.Constant(value_ints=[128]), axis=0)
+        padded = op.Concat(codes, op.Expand(op.Cast(zero, to=_UINT8), lanes), axis=2)
+        last = op.Constant(value_ints=[2])
+        has8 = op.Equal(width, eight)
+        has4 = op.Equal(op.Mod(op.Div(width, four), two), one)
+        has2 = op.Equal(op.Mod(op.Div(width, two), two), one)
+        has1 = op.Equal(op.Mod(width, two), one)
+        # Where planes begin, in bytes, and their lowest bit.
+        low2 = op.Where(has4, four, zero)
+        low1 = op.Add(low2, op.Where(has2, two, zero))
+        sixteen = op.Constant(value_ints=[16])
+        at8 = op.Where(has8, zero, step_bytes)
+        at4 = op.Where(has4, zero, step_bytes)
+        at2 = op.Where(has2, op.Mul(low2, sixteen), step_bytes)
+        at1 = op.Where(has1, op.Mul(low1, sixteen), step_bytes)
+        plane8 = op.Slice(padded, at8, op.Add(at8, op.Constant(value_ints=[128])), last)
+        plane4 = op.Slice(padded, at4, op.Add(at4, op.Constant(value_ints=[64])), last)
+        plane2 = op.Slice(padded, at2, op.Add(at2, op.Constant(value_ints=[32])), last)
+        plane1 = op.Slice(padded, at1, op.Add(at1, op.Constant(value_ints=[16])), last)
+        split4 = op.BitShift(
+            op.Unsqueeze(plane4, last), op.Constant(value=shifts4), direction="RIGHT"
+        )
+        split2 = op.BitShift(
+            op.Unsqueeze(plane2, last), op.Constant(value=shifts2), direction="RIGHT"
+        )
+        split1 = op.BitShift(
+            op.Unsqueeze(plane1, last), op.Constant(value=shifts1), direction="RIGHT"
+        )
+        code4 = op.Reshape(op.BitwiseAnd(split4, op.Constant(value=mask4)), lanes)
+        code2 = op.Reshape(op.BitwiseAnd(split2, op.Constant(value=mask2)), lanes)
+        code1 = op.Reshape(op.BitwiseAnd(split1, op.Constant(value=mask1)), lanes)
+        upper2 = op.BitShift(code2, op.Cast(low2, to=_UINT8), direction="LEFT")
+        upper1 = op.BitShift(code1, op.Cast(low1, to=_UINT8), direction="LEFT")
+        code = op.BitwiseOr(op.BitwiseOr(plane8, code4), op.BitwiseOr(upper2, upper1))
+        columns = op.Concat(panels, steps, op.Constant(value_ints=[32, 4]), axis=0)
+        level = op.Gather(levels, op.Cast(op.Reshape(code, columns), to=_INT64))
         # [J, 4, P, 32] -> [4 J, 32 P]
         wide = op.Reshape(
             op.Transpose(level, perm=[1, 3, 0, 2]),
@@ -290,7 +324,7 @@ OPERATOR = Operator(
         Attribute("K", "INT", "reduction length"),
         Attribute("N", "INT", "output columns"),
         Attribute("group", "INT", "k that share a scale; K or more for one a column"),
-        Attribute("bits", "INT", "of a code: 4 or 8"),
+        Attribute("bits", "INT", "of a code: 1, 2, 3, 4, 6 or 8"),
         Attribute("int8_activations", "INT", "1: quantize each row of x to INT8 first"),
         Attribute("exponent_scales", "INT", "1: scales are E8M0 codes, 2^(code - 127)"),
         Attribute("factor", "FLOAT", "of all weights"),

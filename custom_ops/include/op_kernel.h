@@ -37,6 +37,13 @@ inline ort::OrtStatus* Error(const Api& api, const char* op, const std::string& 
   return api.CreateStatus(code, (std::string("com.onnxq:") + op + ": " + cause).c_str());
 }
 
+// A shape as messages show it.
+inline std::string Text(const std::vector<int64_t>& shape) {
+  std::string text = "[";
+  for (const int64_t extent : shape) text += (text.size() > 1 ? ", " : "") + std::to_string(extent);
+  return text + "]";
+}
+
 // Runs `body` and turns any exception into an error: the C ABI cannot carry one.
 template <class Body>
 ort::OrtStatus* Guard(const Api& api, const char* op, Body&& body) noexcept {

@@ -132,7 +132,11 @@ _PRODUCTS = (
     (6, 65, 64, 32), (7, 129, 65, 32), (8, 127, 97, 128), (9, 128, 1, 64), (13, 131, 63, 1000),
     (1, 513, 64, 32), (1, 516, 40, 1024), (9, 1030, 33, 1030), (17, 577, 96, 128),
 )  # fmt: skip
-_WEIGHTS = ("int4", "uint4", "int8", "uint8", "mxfp4", "nvfp4", "nf4", "fp8", "mxint8", "mxfp8e5m2")
+_WEIGHTS = (
+    "int4", "uint4", "int8", "uint8", "mxfp4", "nvfp4", "nf4", "fp8", "mxint8", "mxfp8e5m2",
+    "int3", "uint3", "int2", "uint2", "int6", "mxfp6e2m3", "mxfp6e3m2", "ternary", "binary", "seq2",
+    "mxfp8e4m3",
+)  # fmt: skip
 
 
 def quantized_weight(
@@ -141,11 +145,7 @@ def quantized_weight(
     """A random weight ``[N, K]`` in one of ``_WEIGHTS``."""
     w = rng.normal(size=(n, k)).astype(np.float32)
     bias = rng.normal(size=n).astype(np.float32) if n % 2 else None
-    name, scale = {"fp8": ("fp8e4m3", "float32"), "uint8": ("uint8", "float32")}.get(
-        kind, (kind, "float16")
-    )
-    name = {"mxfp8e5m2": "mxfp8e5m2", "mxfp4": "mxfp4"}.get(name, name)
-    fmt = parse_format(name)
+    fmt = parse_format({"fp8": "fp8e4m3"}.get(kind, kind))
     granularity = None if fmt.fixed_block else Granularity.block(1, group)
     params = fmt.params(w, granularity, axis=1)
     return pack_weight(
@@ -153,14 +153,14 @@ def quantized_weight(
         fmt.encode(w, params),
         params,
         int8_activations=int8_activations,
-        scale_type="float32" if scale == "float32" else "float16",
+        scale_type="float32" if kind in ("fp8", "uint8") else "float16",
         bias=bias,
     )
 
 
 def takes_int8(kind: str) -> bool:
     """Whether the format's levels are multiples of one number."""
-    return kind not in ("nf4", "fp8", "mxfp8e5m2")
+    return kind not in ("nf4", "fp8", "mxfp8e5m2", "mxfp8e4m3", "mxfp6e3m2")
 
 
 def _quant_mat_mul(dtype: str) -> Iterator[Case]:
@@ -180,6 +180,13 @@ def _quant_mat_mul(dtype: str) -> Iterator[Case]:
                     packed.attributes,
                     every_opset=number == 3,
                 )
+    for kind in ("int3", "uint2", "mxfp6e2m3", "mxfp6e3m2", "ternary", "binary"):
+        for int8 in (False, True)[: 1 + takes_int8(kind)]:
+            for m, k, n in ((1, 67, 33), (2, 131, 65), (10, 513, 97)):
+                packed = quantized_weight(kind, n, k, 32, int8_activations=int8, rng=rng)
+                x = rng.normal(size=(m, k)).astype(dtype)
+                name = f"{kind} [{m}, {k}] x {n}, int8 {int8}"
+                yield Case(name, {"x": x}, packed.inputs, packed.attributes)
     for int8 in (False, True):
         packed = quantized_weight("uint4", 70, 200, 32, int8_activations=int8, rng=rng)
         x = rng.normal(size=(2, 3, 200)).astype(dtype)

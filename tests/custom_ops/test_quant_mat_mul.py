@@ -118,7 +118,7 @@ def test_int8_activations_cost_little(kind: str, library: Library) -> None:
     assert 0 < np.abs(rounded - exact).max() <= INT8_ROWS * np.abs(exact).max()
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (31, 5), (32, 4), (33, 129), (0, 4)])
 def test_layout_round_trip(bits: int, n: int, k: int) -> None:
     codes = RNG.integers(0, 1 << bits, size=(n, k)).astype(np.uint8)
@@ -138,6 +138,21 @@ def test_layout_as_documented() -> None:
     assert np.count_nonzero(packed) == 1
 
 
+def test_planes_as_documented() -> None:
+    """Column 17 at k = 6 of 3-bit codes: the low two bits in a plane of 32 bytes, the third behind.
+
+    Plane of 2 bits: d = 8, byte 4 * (17 % 8) + 2 = 6, field 2. Plane of 1 bit: d = 4, byte
+    4 * (17 % 4) + 2 = 6 of the plane, field 4.
+    """
+    codes = np.zeros((32, 8), np.uint8)
+    codes[17, 6] = 0b110
+    packed = pack_codes(codes, 3)
+    assert packed.shape == (1, 2, 48)
+    assert packed[0, 1, 6] == 0b10 << 4
+    assert packed[0, 1, 32 + 6] == 1 << 4
+    assert np.count_nonzero(packed) == 2
+
+
 def test_float16_scales_may_be_tiny() -> None:
     fmt = parse_format("int8")
     w = RNG.normal(size=(8, 64)).astype(np.float32) * 1e-9
@@ -151,7 +166,8 @@ def test_float16_scales_may_be_tiny() -> None:
     ("change", "message"),
     [
         ({"layout": 2}, "weights in layout 2; this library reads layout 1"),
-        ({"bits": 3}, "codes of 3 bits"),
+        ({"bits": 5}, "codes of 5 bits"),
+        ({"bits": 3}, r"codes has shape \[2, 32, 64\], not \[2, 32, 48\]"),
         ({"group": 8}, "groups of 8"),
         ({"group": 18}, "not a multiple of 4"),
         ({"group": 64}, r"scales has shape \[2, 4, 32\], not \[2, 2, 32\]"),
