@@ -55,6 +55,7 @@ BUILTIN: Final[Mapping[str, Entry]] = {
         smooth_quant="SmoothQuant",
         fold_norm="FoldNorm",
         rotate="Rotate",
+        learn_rotation="LearnRotation",
         online_hadamard="OnlineHadamard",
         awq_scale="AwqScale",
         shift_scale="ShiftScale",

@@ -75,7 +75,7 @@ class Rotate(Pass):
         """Residual streams and attentions."""
         structure = analyze(model)
         streams = [s.name for s in find_residual_streams(structure)] if self.r1 else []
-        heads = [a.name for a in _attentions(structure)]
+        heads = [a.name for a in attentions_of(structure)]
         return streams + (heads if self.r2 else [])
 
     def run(self, model: ir.Model, ctx: Context) -> PassReport:
@@ -96,7 +96,7 @@ class Rotate(Pass):
         if not streams:
             report.skip("residual stream", "R1: the graph has no norms")
         for stream in streams:
-            reason = _why_not_rotatable(structure, stream)
+            reason = why_not_rotatable(structure, stream)
             if reason is not None:
                 report.skip(stream.name, f"R1: {reason}")
                 continue
@@ -116,11 +116,11 @@ class Rotate(Pass):
         self, model: ir.Model, ctx: Context, rng: np.random.Generator, report: PassReport
     ) -> None:
         structure = analyze(model)
-        names = [attention.name for attention in _attentions(structure)]
+        names = [attention.name for attention in attentions_of(structure)]
         if not names:
             report.skip("attention", "R2: the graph has no attention")
         for name in names:
-            way = structure.v_to_o(next(a for a in _attentions(structure) if a.name == name))
+            way = structure.v_to_o(next(a for a in attentions_of(structure) if a.name == name))
             if isinstance(way, str):
                 report.skip(name, f"R2: {way}")
                 continue
@@ -137,7 +137,8 @@ class Rotate(Pass):
                 structure = analyze(model)
 
 
-def _attentions(structure: Structure) -> list[Attention | FusedAttention]:
+def attentions_of(structure: Structure) -> list[Attention | FusedAttention]:
+    """All attentions of a graph, in whatever spelling."""
     return [*structure.attentions, *structure.fused_attentions]
 
 
@@ -151,7 +152,8 @@ def _describe(rotation: Rotation) -> str:
 # R1 -------------------------------------------------------------------------------------------
 
 
-def _why_not_rotatable(structure: Structure, stream: ResidualStream) -> str | None:
+def why_not_rotatable(structure: Structure, stream: ResidualStream) -> str | None:
+    """Why R1 cannot turn ``stream``; None if it can."""
     if stream.blockers:
         return stream.blockers[0]
     for norm in stream.norms:
