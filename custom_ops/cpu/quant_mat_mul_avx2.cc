@@ -80,6 +80,7 @@ void Steps(Width width, const int8_t* q, int64_t q_stride, int64_t steps, __m256
 
 struct Avx2 {
   static constexpr int64_t kTileRows = 4;  // times two vectors
+  static constexpr int64_t kInt8TileRows = 4;
   static constexpr int kPanelRows = 1;
 
   static void UnpackBytes(const QuantWeights& w, const uint8_t* codes, int64_t steps,

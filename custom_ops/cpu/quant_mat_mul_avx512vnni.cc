@@ -21,6 +21,7 @@ ONNXQ_INLINE inline __m512i Broadcast4(const int8_t* q) {
 
 struct Avx512vnni {
   static constexpr int64_t kTileRows = 6;  // 24 sums, 4 weights, 1 activation: 29 of 32 registers
+  static constexpr int64_t kInt8TileRows = 3;  // 12 integer and 12 float sums
   static constexpr int kPanelRows = kSmallRows;
 
   static void UnpackBytes(const QuantWeights& w, const uint8_t* codes, int64_t steps,
@@ -44,52 +45,75 @@ struct Avx512vnni {
     _mm512_store_ps(out + kLanes, Scales(type, scales, kLanes));
   }
 
+  // Float sums stay in registers beside the integer ones: groups end too often to go to memory.
   template <int rows, int panels>
   ONNXQ_NOINLINE static void Int8Rows(const Int8Tile& t) {
     constexpr int kVectors = 2 * panels;
     constexpr int64_t kWidth = panels * kPanel;
     const int8_t* q = t.q;
+    const int64_t stride = t.q_stride;
     const uint8_t* panel[2] = {t.panels[0], t.panels[panels - 1]};
-    for (int64_t piece = 0; piece < t.piece_count; ++piece) {
-      const Piece& now = t.pieces[piece];
-      __m512i acc[rows][kVectors];
-      Each<rows>([&](auto r) ONNXQ_INLINE {
-        const __m512i start = _mm512_set1_epi32(t.starts[r * t.groups + now.group]);
-        Each<kVectors>([&](auto v) ONNXQ_INLINE {
-          if (!now.first) {
-            acc[r][v] = _mm512_load_si512(t.group + r * kWidth + v * kLanes);
-          } else if (t.zeros != nullptr) {
-            acc[r][v] =
-                _mm512_mullo_epi32(start, _mm512_load_si512(t.zeros + piece * kWidth + v * kLanes));
-          } else {
-            acc[r][v] = start;
-          }
-        });
+    __m512 sum[rows][kVectors];
+    Each<rows>([&](auto r) ONNXQ_INLINE {
+      Each<kVectors>([&](auto v) ONNXQ_INLINE {
+        sum[r][v] = _mm512_load_ps(t.sums + r * kWidth + v * kLanes);
       });
+    });
+    const float* scales = t.scales;
+    for (int64_t piece = 0; piece < t.piece_count; ++piece, scales += kWidth) {
+      const Piece now = t.pieces[piece];
+      __m512i acc[rows][kVectors];
+      if (!now.first) {
+        Each<rows>([&](auto r) ONNXQ_INLINE {
+          Each<kVectors>([&](auto v) ONNXQ_INLINE {
+            acc[r][v] = _mm512_load_si512(t.group + r * kWidth + v * kLanes);
+          });
+        });
+      } else {
+        Each<rows>([&](auto r) ONNXQ_INLINE {
+          const __m512i start = _mm512_set1_epi32(t.starts[r * t.groups + now.group]);
+          Each<kVectors>([&](auto v) ONNXQ_INLINE { acc[r][v] = start; });
+        });
+        if (t.zeros != nullptr) {
+          Each<kVectors>([&](auto v) ONNXQ_INLINE {
+            const __m512i zero = _mm512_load_si512(t.zeros + piece * kWidth + v * kLanes);
+            Each<rows>([&](auto r)
+                           ONNXQ_INLINE { acc[r][v] = _mm512_mullo_epi32(acc[r][v], zero); });
+          });
+        }
+      }
+#pragma GCC unroll 2
       for (int64_t i = 0; i < now.steps; ++i, q += 4) {
         __m512i b[kVectors];
         Each<kVectors>([&](auto v)
                            ONNXQ_INLINE { b[v] = _mm512_loadu_si512(panel[v / 2] + v % 2 * 64); });
         Each<rows>([&](auto r) ONNXQ_INLINE {
-          const __m512i a = Broadcast4(q + r * t.q_stride);
+          const __m512i a = Broadcast4(q + r * stride);
           Each<kVectors>([&](auto v) ONNXQ_INLINE { Dot(&acc[r][v], b[v], a); });
         });
         panel[0] += 128;
         panel[1] += 128;
       }
-      Each<rows>([&](auto r) ONNXQ_INLINE {
+      if (now.last) {
         Each<kVectors>([&](auto v) ONNXQ_INLINE {
-          const int64_t at = r * kWidth + v * kLanes;
-          if (now.last) {
-            const __m512 scale = _mm512_load_ps(t.scales + piece * kWidth + v * kLanes);
-            _mm512_store_ps(t.sums + at, _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[r][v]), scale,
-                                                         _mm512_load_ps(t.sums + at)));
-          } else {
-            _mm512_store_si512(t.group + at, acc[r][v]);
-          }
+          const __m512 scale = _mm512_load_ps(scales + v * kLanes);
+          Each<rows>([&](auto r) ONNXQ_INLINE {
+            sum[r][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[r][v]), scale, sum[r][v]);
+          });
         });
-      });
+      } else {
+        Each<rows>([&](auto r) ONNXQ_INLINE {
+          Each<kVectors>([&](auto v) ONNXQ_INLINE {
+            _mm512_store_si512(t.group + r * kWidth + v * kLanes, acc[r][v]);
+          });
+        });
+      }
     }
+    Each<rows>([&](auto r) ONNXQ_INLINE {
+      Each<kVectors>([&](auto v) ONNXQ_INLINE {
+        _mm512_store_ps(t.sums + r * kWidth + v * kLanes, sum[r][v]);
+      });
+    });
   }
 
   template <int rows, LevelKind kind>
@@ -100,6 +124,7 @@ struct Avx512vnni {
     const __m512i table = Table(w);
     const int8_t* q = p.q;
     const int64_t first = panel * w.groups;
+    const int64_t scale_bytes = ScaleBytes(w.scale_type);
     // Scales are converted some groups ahead: a conversion between the sums would push them out of
     // their registers.
     constexpr int64_t kAhead = 16;
@@ -111,6 +136,10 @@ struct Avx512vnni {
       if (g % kAhead == 0) {
         const int64_t count = std::min(kAhead, w.groups - g);
         ConvertScales(w.scale_type, w.scales, (first + g) * kPanel, count * kPanel, scales);
+        const int64_t next = (first + g + count) * kPanel * scale_bytes;
+        for (int64_t line = 0; line < kAhead * kPanel * scale_bytes; line += 64) {
+          _mm_prefetch(static_cast<const char*>(w.scales) + next + line, _MM_HINT_T0);
+        }
       }
       const int64_t steps = std::min(w.group_steps, left);
       left -= steps;
@@ -123,7 +152,30 @@ struct Avx512vnni {
                           : _mm512_mullo_epi32(start, Zeros(w, (first + g) * kPanel + v * kLanes));
         });
       });
-      for (int64_t i = 0; i < steps; ++i, q += 4, codes += kBytes) {
+      int64_t i = 0;
+      if constexpr (rows <= 2) {
+        // Every other step into sums of its own: one sum alone would wait for itself.
+        __m512i odd[rows][2];
+        Each<rows>([&](auto r) ONNXQ_INLINE { odd[r][0] = odd[r][1] = _mm512_setzero_si512(); });
+        for (; i + 2 <= steps; i += 2, q += 8, codes += 2 * kBytes) {
+          __m512i b[2][2];
+          LoadStep<kind>(w, codes, table, b[0]);
+          LoadStep<kind>(w, codes + kBytes, table, b[1]);
+          Prefetch<2 * kBytes>(codes);
+          Each<rows>([&](auto r) ONNXQ_INLINE {
+            const int8_t* row = q + r * p.q_stride;
+            const __m512i a[2] = {Broadcast4(row), Broadcast4(row + 4)};
+            Each<2>([&](auto v) ONNXQ_INLINE {
+              Dot(&acc[r][v], b[0][v], a[0]);
+              Dot(&odd[r][v], b[1][v], a[1]);
+            });
+          });
+        }
+        Each<rows>([&](auto r) ONNXQ_INLINE {
+          Each<2>([&](auto v) ONNXQ_INLINE { acc[r][v] = _mm512_add_epi32(acc[r][v], odd[r][v]); });
+        });
+      }
+      for (; i < steps; ++i, q += 4, codes += kBytes) {
         __m512i b[2];
         LoadStep<kind>(w, codes, table, b);
         Prefetch<kBytes>(codes);

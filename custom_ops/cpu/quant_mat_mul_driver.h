@@ -183,6 +183,47 @@ void RestOfRows(const FloatTile& tile, int64_t rest) {
   }
 }
 
+void FetchRows(const QuantProduct& p, int64_t column, int64_t width, int64_t row, int64_t rows) {
+  const int64_t n = p.weights->n;
+  const int64_t size = p.y_half ? 2 : 4;
+  for (int64_t r = row; r < row + rows; ++r) {
+    const char* y = static_cast<const char*>(p.y) + (r * n + column) * size;
+    const int64_t bytes = std::min(width, n - column) * size;
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(y + at, 1, 2);
+  }
+}
+
+// Fetches what the next chunk unpacks, and where the block's results go, while the tiles of this
+// chunk are multiplied: neither is in a cache when it is first touched.
+template <int panels>
+struct Fetch {
+  Fetch(const QuantProduct& p, int64_t first, int64_t step, int64_t tiles) {
+    const QuantWeights& w = *p.weights;
+    const bool more = step < w.steps;
+    const int64_t all = (w.n + kPanel - 1) / kPanel;
+    const int64_t from = more ? first : first + panels;
+    const int64_t steps = more ? std::min(w.steps - step, kChunkSteps) : kChunkSteps;
+    if (from + panels > all) return;
+    for (int i = 0; i < panels; ++i) {
+      codes[i] = w.codes + ((from + i) * w.steps + (more ? step : 0)) * w.code_bytes();
+    }
+    bytes = std::min(steps, w.steps) * w.code_bytes();
+    share = (bytes / tiles / kLine + 1) * kLine;
+  }
+
+  void Next() {
+    for (int64_t end = std::min(done + share, bytes); done < end; done += kLine) {
+      for (int i = 0; i < panels; ++i) __builtin_prefetch(codes[i] + done, 0, 2);
+    }
+  }
+
+  static constexpr int64_t kLine = 64;
+  const uint8_t* codes[panels] = {};
+  int64_t bytes = 0;
+  int64_t share = 0;
+  int64_t done = 0;
+};
+
 template <class V, int panels>
 void Int8BlockOf(const QuantProduct& p, int64_t first, int64_t row, int64_t rows) {
   const QuantWeights& w = *p.weights;
@@ -217,12 +258,18 @@ void Int8BlockOf(const QuantProduct& p, int64_t first, int64_t row, int64_t rows
     tile.scales = block.scales;
     tile.top = w.top;
     tile.zeros = w.zero_points == nullptr ? nullptr : block.zeros;
-    for (int64_t r = 0; r < rows; r += V::kTileRows) {
+    Fetch<panels> fetch(p, first, step + steps, (rows + V::kInt8TileRows - 1) / V::kInt8TileRows);
+    const bool ends = step + steps == w.steps;
+    for (int64_t r = 0; r < rows; r += V::kInt8TileRows) {
+      fetch.Next();
+      if (ends)
+        FetchRows(p, first * kPanel, kWidth, row + r,
+                  std::min<int64_t>(V::kInt8TileRows, rows - r));
       tile.q = p.q + (row + r) * p.q_stride + 4 * step;
       tile.starts = p.starts + (row + r) * w.groups;
       tile.sums = block.sums + r * kWidth;
       tile.group = block.group + r * kWidth;
-      RestOfRows<V, panels, V::kTileRows>(tile, std::min<int64_t>(V::kTileRows, rows - r));
+      RestOfRows<V, panels, V::kInt8TileRows>(tile, std::min<int64_t>(V::kInt8TileRows, rows - r));
     }
   }
   WriteRows<V>(p, block.sums, kWidth, first, row, rows);
