@@ -57,6 +57,7 @@ BUILTIN: Final[Mapping[str, Entry]] = {
         rotate="Rotate",
         learn_rotation="LearnRotation",
         online_hadamard="OnlineHadamard",
+        smooth_rot="SmoothRot",
         awq_scale="AwqScale",
         shift_scale="ShiftScale",
         equalize="Equalize",

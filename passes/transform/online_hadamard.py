@@ -88,13 +88,12 @@ class OnlineHadamard(Pass):
     def run(self, model: ir.Model, ctx: Context) -> PassReport:
         """Rotate at every site that allows it."""
         report = PassReport()
-        needed = custom_ops.get(OP).min_opset
-        if model.opset_imports.get("", 0) < needed:
-            reason = f"needs opset {needed}; put `canonicalize{{opset={needed}}}` first"
+        reason = why_not_here(model)
+        if reason is not None:
             report.skip("the model", reason)
             return report
         structure = analyze(model)
-        builder = _Builder(model, structure)
+        builder = HadamardBuilder(model, structure)
         if "down" in self.sites:
             self._rotate_downs(structure, builder, ctx, report)
         if "qk" in self.sites:
@@ -103,26 +102,39 @@ class OnlineHadamard(Pass):
         return report
 
     def _rotate_downs(
-        self, structure: Structure, builder: _Builder, ctx: Context, report: PassReport
+        self, structure: Structure, builder: HadamardBuilder, ctx: Context, report: PassReport
     ) -> None:
         downs = closing_layers(structure)
         if not downs:
             report.skip("down", "the graph has no MLP whose closing layer could be told")
         for down in downs:
             n = down.in_features
-            reason = _why_no_hadamard(n, self.block)
+            reason = why_no_hadamard(n, self.block)
             if reason is not None:
                 report.skip(down.name, reason)
             elif ctx.budget.take(down.name):
                 order = self.block or n
-                put_weight(down, _rotated_rows(weight64(down), order))
-                _read_instead(down.node, down.x, builder.rotate(down.x, order))
+                rotate_input(down, order, builder)
                 share = 100 * _additions(order) / down.out_features
                 report.change(
                     down.name,
                     f"R4: Hadamard of order {order}",
                     f"additions for {share:.1f}% of the layer's multiplications",
                 )
+
+
+def why_not_here(model: ir.Model) -> str | None:
+    """Why no rotation can be inserted into ``model``; None if it can."""
+    needed = custom_ops.get(OP).min_opset
+    if model.opset_imports.get("", 0) < needed:
+        return f"needs opset {needed}; put `canonicalize{{opset={needed}}}` first"
+    return None
+
+
+def rotate_input(linear: Linear, order: int, builder: HadamardBuilder) -> None:
+    """``x W -> (x R) (R' W)`` with Hadamard blocks of ``order``."""
+    put_weight(linear, _rotated_rows(weight64(linear), order))
+    _read_instead(linear.node, linear.x, builder.rotate(linear.x, order))
 
 
 def closing_layers(structure: Structure) -> list[Linear]:
@@ -136,7 +148,8 @@ def closing_layers(structure: Structure) -> list[Linear]:
     ]
 
 
-def _why_no_hadamard(n: int, block: int) -> str | None:
+def why_no_hadamard(n: int, block: int) -> str | None:
+    """Why ``n`` channels cannot be rotated, ``block`` at a time; None if they can."""
     if block and n % block:
         return f"its {n} inputs are not divided by block={block}"
     if not has_hadamard(block or n):
@@ -160,7 +173,9 @@ def _rotated_rows(weight: Float64, order: int) -> Float64:
     return np.asarray((inverse @ blocks).reshape(weight.shape), np.float64)
 
 
-def _rotate_qk(attention: Attention, builder: _Builder, ctx: Context, report: PassReport) -> None:
+def _rotate_qk(
+    attention: Attention, builder: HadamardBuilder, ctx: Context, report: PassReport
+) -> None:
     transpose = attention.k.producer()
     keys = None if transpose is None else transpose.inputs[0]
     if transpose is None or keys is None or not _swaps_last_two(transpose):
@@ -219,7 +234,7 @@ def _read_instead(node: ir.Node, old: ir.Value, new: ir.Value) -> None:
             node.replace_input_with(index, new)
 
 
-class _Builder:
+class HadamardBuilder:
     """Inserts rotations; cores of one order are stored once."""
 
     def __init__(self, model: ir.Model, structure: Structure) -> None:
