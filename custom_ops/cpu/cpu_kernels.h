@@ -7,6 +7,7 @@
 
 #include "op_kernel.h"
 #include "packed_linear.h"
+#include "quantize_block.h"
 
 namespace onnxq {
 
@@ -74,6 +75,28 @@ class Hadamard {
   Allocator allocator_;
   int64_t block_ = 0;
   float scale_ = 1;
+};
+
+// x: [..., K] -> y: [..., K], rounded block by block; see defs/quantize_block.py.
+template <ElementType type>
+class QuantizeBlock {
+ public:
+  static constexpr const char* kName = "QuantizeBlock";
+  static constexpr std::array<ElementType, 1> kInputs = {type};
+  static constexpr std::array<ElementType, 1> kOutputs = {type};
+
+  static ort::OrtStatus* Create(const Api& api, const ort::OrtKernelInfo* info,
+                                QuantizeBlock* kernel);
+  static ort::OrtStatus* InferShapes(const Api& api, ort::OrtShapeInferContext* context);
+  ort::OrtStatus* Compute(const Api& api, ort::OrtKernelContext* context) const;
+
+ private:
+  using T = std::conditional_t<type == ElementType::kFloat16, uint16_t, float>;
+  QuantizeBlocks blocks_ = nullptr;
+  const HadamardKernels* halves_ = nullptr;  // converts from and to halves
+  Allocator allocator_;
+  int64_t block_ = 0;
+  BlockFormat format_{};
 };
 
 }  // namespace onnxq

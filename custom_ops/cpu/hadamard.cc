@@ -18,7 +18,11 @@ constexpr const char* kName = "Hadamard";
 // does.
 constexpr int64_t kElementsPerTask = 32768;
 
-const HadamardKernels* KernelsFor(Isa isa) {
+bool IsPowerOfTwo(int64_t n) { return n > 0 && (n & (n - 1)) == 0; }
+
+}  // namespace
+
+const HadamardKernels* HadamardKernelsFor(Isa isa) {
   switch (isa) {
 #if defined(__x86_64__)
     case Isa::kAvx512vnni:
@@ -32,17 +36,13 @@ const HadamardKernels* KernelsFor(Isa isa) {
   }
 }
 
-bool IsPowerOfTwo(int64_t n) { return n > 0 && (n & (n - 1)) == 0; }
-
-}  // namespace
-
 template <ElementType type>
 ort::OrtStatus* Hadamard<type>::Create(const Api& api, const ort::OrtKernelInfo* info,
                                        Hadamard* kernel) {
   Isa isa;
   std::string error;
   if (!SelectIsa(&isa, &error)) return Error(api, kName, error);
-  kernel->kernels_ = KernelsFor(isa);
+  kernel->kernels_ = HadamardKernelsFor(isa);
   ONNXQ_RETURN_IF_ERROR(api.KernelInfoGetAttribute_int64(info, "block", &kernel->block_));
   ONNXQ_RETURN_IF_ERROR(api.KernelInfoGetAttribute_float(info, "scale", &kernel->scale_));
   if (kernel->block_ < 1) return Error(api, kName, "block must be at least 1");

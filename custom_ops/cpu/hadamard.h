@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "isa.h"
+
 namespace onnxq {
 
 static constexpr int64_t kMaxCore = 256;
@@ -15,6 +17,8 @@ struct HadamardKernels {
   void (*widen)(const uint16_t* half, int64_t count, float* x);
   void (*narrow)(const float* x, int64_t count, uint16_t* half);
 };
+
+const HadamardKernels* HadamardKernelsFor(Isa isa);
 
 extern const HadamardKernels kHadamardScalar;
 #if defined(__x86_64__)

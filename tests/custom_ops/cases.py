@@ -15,6 +15,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxq import custom_ops
+from onnxq.custom_ops.block_format import block_attributes
 from onnxq.custom_ops.defs import hadamard, quant_mat_mul
 from onnxq.custom_ops.packed_weight import PackedWeight, pack_weight
 from onnxq.formats import Granularity, parse_format
@@ -233,10 +234,52 @@ def _hadamard(dtype: str) -> Iterator[Case]:
     yield case("large", rng.normal(size=(67, 1536)), 768, 12)
 
 
+# Formats of activations, and the group where they have no block of their own (0: the row).
+BLOCK_FORMATS = (
+    ("mxfp8e4m3", 0), ("mxfp8e5m2", 0), ("mxfp6e2m3", 0), ("mxfp6e3m2", 0), ("mxfp4", 0),
+    ("mxfp4-ceil", 0), ("mxint8", 0), ("nvfp4", 0), ("int8", 0), ("int8", 64), ("int4", 32),
+    ("fp8e4m3", 0), ("mxfp8e4m3-ceil", 0),
+)  # fmt: skip
+
+
+def _quantize_block(dtype: str) -> Iterator[Case]:
+    rng = np.random.default_rng(17)
+    for name, group in BLOCK_FORMATS:
+        attributes = block_attributes(parse_format(name), group=group)
+        x = (rng.normal(size=(5, 3, 97)) * rng.lognormal(0, 2, size=(5, 1, 97))).astype(dtype)
+        yield Case(f"{name} {group}", {"x": x}, attributes=attributes, every_opset=name == "mxfp4")
+    mx, nv, row = (
+        block_attributes(parse_format(name), factor=factor)
+        for name, factor in (("mxfp4", 1.0), ("nvfp4", 0.013), ("int8", 1.0))
+    )
+    for attributes in (mx, nv, row):
+        for shape in ((0,), (1,), (0, 4), (2, 0), (3, 31), (3, 32), (3, 33), (2, 15), (2, 17)):
+            x = rng.normal(size=shape).astype(dtype)
+            yield Case(f"{shape}", {"x": x}, attributes=attributes, every_opset=0 in shape)
+        edges = np.zeros((11, 37), dtype)
+        edges[0, 0], edges[1, 36], edges[2, 20] = np.nan, np.inf, -np.inf
+        edges[3] = -0.0
+        edges[4] = np.finfo(dtype).smallest_subnormal
+        edges[5, ::2] = -np.finfo(dtype).smallest_normal
+        edges[6] = np.finfo(dtype).max
+        edges[7] = (np.arange(37) - 18) / 8  # ties of E2M1
+        edges[8] = np.ldexp(1.0, np.arange(37) - 22)
+        edges[9] = np.nextafter(edges[8], np.array(0, dtype))
+        edges[10] = np.nextafter(edges[8], np.array(np.inf, dtype))
+        yield Case("edges", {"x": edges}, attributes=attributes, every_opset=True)
+        unsigned = rng.integers(0, 1 << (8 * edges.itemsize), size=(64, 67), dtype=np.uint64)
+        bits = unsigned.astype(f"uint{8 * edges.itemsize}").view(dtype)
+        yield Case("any bit pattern", {"x": bits}, attributes=attributes)
+        finite = np.where(np.isfinite(bits), bits, 0).astype(dtype)
+        yield Case("any finite bit pattern", {"x": finite}, attributes=attributes)
+    yield Case("large", {"x": rng.normal(size=(67, 1499)).astype(dtype)}, attributes=mx)
+
+
 CASES: dict[str, Callable[[str], Iterator[Case]]] = {
     "DynamicQuantizePerToken": _per_token,
     "Hadamard": _hadamard,
     "QuantMatMul": _quant_mat_mul,
+    "QuantizeBlock": _quantize_block,
 }
 
 
@@ -249,17 +292,25 @@ def same_bits(left: Array, right: Array) -> bool:
     )
 
 
+def same_numbers(left: Array, right: Array) -> bool:
+    """The same, but any NaN equals any other: arithmetic does not say which it gives."""
+    nan = np.isnan(left)
+    if left.shape != right.shape or not np.array_equal(nan, np.isnan(right)):
+        return False
+    return same_bits(np.where(nan, 1, left), np.where(nan, 1, right))
+
+
 def agrees(op_name: str, case: Case, got: Sequence[Array], *, kernel: bool) -> bool:
     """Whether results are as the operator's contract says: to the bit, or within its budget."""
     expected = case.reference(op_name)
     if op_name == "DynamicQuantizePerToken":
         return all(map(same_bits, got, expected))
+    if op_name == "QuantizeBlock":
+        return same_numbers(got[0], expected[0])
     if got[0].dtype != expected[0].dtype or got[0].shape != expected[0].shape:
         return False
-    if kernel:  # NaN has many patterns, and arithmetic does not say which
-        return same_bits(np.nan_to_num(got[0], nan=1), np.nan_to_num(expected[0], nan=1)) and bool(
-            (np.isnan(got[0]) == np.isnan(expected[0])).all()
-        )
+    if kernel:
+        return same_numbers(got[0], expected[0])
     exact, budget = _EXACT[op_name](case)
     with np.errstate(all="ignore"):
         close = np.abs(got[0].astype(np.float64) - exact) <= budget
@@ -325,6 +376,10 @@ def random_case(op_name: str, dtype: str, rng: np.random.Generator) -> Case:
         x = (rng.normal(size=shape) * math.pow(10.0, rng.uniform(-4, 3))).astype(dtype)
         core = {"core": hadamard_matrix(c).astype(np.float32)}
         return Case(f"{shape} {block} {c}", {"x": x}, core, {"block": block, "scale": 0.5})
+    if op_name == "QuantizeBlock":
+        name, group = BLOCK_FORMATS[rng.integers(len(BLOCK_FORMATS))]
+        x = random_input(dtype, rng)
+        return Case(name, {"x": x}, attributes=block_attributes(parse_format(name), group=group))
     m, k, n = (int(rng.integers(low, high)) for low, high in ((0, 20), (1, 700), (1, 140)))
     kind = str(rng.choice(_WEIGHTS))
     group = int(rng.choice([16, 20, 32, 64, 128, 512, 1024]))

@@ -1,0 +1,10 @@
+// AVX2.
+#include "quantize_block_loops.h"
+
+namespace onnxq {
+
+void QuantizeBlocksAvx2(float* x, int64_t count, int64_t block, const BlockFormat& format) {
+  QuantizeAllBlocks(x, count, block, format);
+}
+
+}  // namespace onnxq

@@ -1,0 +1,10 @@
+// The reference, for any CPU.
+#include "quantize_block_loops.h"
+
+namespace onnxq {
+
+void QuantizeBlocksScalar(float* x, int64_t count, int64_t block, const BlockFormat& format) {
+  QuantizeAllBlocks(x, count, block, format);
+}
+
+}  // namespace onnxq
