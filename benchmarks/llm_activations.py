@@ -1,16 +1,22 @@
-"""Claim: rotations and smoothing, all folded, make static 8-bit activations safe for a decoder.
+"""Claim: rotations and smoothing, folded, make 8- and 4-bit activations safe for a decoder.
 
-    python benchmarks/llm_activations.py                          the table
-    python benchmarks/llm_activations.py --json                   one object a line
-    python benchmarks/llm_activations.py --cases naive,best       some of the cases
-    python benchmarks/llm_activations.py --model smollm2.onnx     a model that is built already
+    python benchmarks/llm_activations.py                            all rows
+    python benchmarks/llm_activations.py --tables w4a4,mx           some of the tables
+    python benchmarks/llm_activations.py --cases naive,best         some of the rows
+    python benchmarks/llm_activations.py --cache FOLDER             keep rows; go on where it ended
+    python benchmarks/llm_activations.py --seeds 8                  learned against random rotations
+    python benchmarks/llm_activations.py --model smollm2.onnx       a model that is built already
 
 SmolLM2-135M-Instruct, perplexity over windows of 512 tokens of the given half of WikiText-2 test,
 no BOS, the first 24 by default (``--windows 0`` for all); calibrated on 8 windows of its validation
-text. Every linear layer is quantized, the tied output layer included, unless a case says otherwise:
-weights in int8 with one scale an output channel, activations in 8 bits with one scale a tensor.
-Each configuration is made and evaluated in a process of its own. KL: mean over tokens of
-KL(fp32 || quantized). Share: of the linear layers' multiplications that run on integers.
+text. Every linear layer is quantized, the tied output layer included, unless a row says otherwise.
+Tables: ``static`` (int8 weights, one scale a channel; activations one fixed scale a tensor),
+``token`` (the same, activations one scale a token, found at run time), ``w4a16`` and ``w4a8``
+(int4 weights in blocks of 32), ``w4a4``, ``w4a4kv4`` (keys and values in int4 too), ``mx`` (MXFP4
+and NVFP4 on both sides). Each configuration is made and evaluated in a process of its own;
+transforms that rows share are made once and kept in the cache. KL: mean over tokens of
+KL(fp32 || quantized).
+Share: of the linear layers' multiplications that have both operands quantized.
 
 ``--quick`` uses stories260K and two short windows: does it run at all?
 """
@@ -18,6 +24,8 @@ KL(fp32 || quantized). Share: of the linear layers' multiplications that run on 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 import multiprocessing
 import resource
@@ -27,73 +35,174 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import _common as common
 import numpy as np
 from _common import Column, Row
 
-SMOOTH = "calibrate, smooth-quant"
-ROTATE = "fold-norm, rotate"
-STATIC = "calibrate{method=mse}, assign, qdq"
-DOWN = 'partial{layers=["*layers.11/mlp/down_proj*","*layers.28/mlp/down_proj*"]}'
+if TYPE_CHECKING:
+    from onnxq.pipeline.runner import RunResult
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One way to quantize: pipeline text, or a peer."""
+    """One way to quantize: pipeline text, or a peer.
+
+    Args:
+        name: for ``--cases``.
+        label: for people.
+        passes: behind the transform.
+        transform: name of one of ``TRANSFORMS``.
+        table: the table that it belongs to.
+        peer: not made by onnxq.
+    """
 
     name: str
     label: str
     passes: str = ""
+    transform: str = "none"
+    table: str = "static"
     peer: bool = False
+
+
+CLEAN = "canonicalize{opset=21}"
+TRANSFORMS = {
+    "none": CLEAN,
+    "folded": f"{CLEAN}, fold-norm",
+    "smooth": f"{CLEAN}, calibrate, smooth-quant",
+    "rotate": f"{CLEAN}, fold-norm, rotate",
+    "smooth-rotate": f"{CLEAN}, calibrate, smooth-quant, fold-norm, rotate",
+    "smooth-quarot": f"{CLEAN}, calibrate, smooth-quant, fold-norm, rotate, online-hadamard",
+    "quarot": f"{CLEAN}, fold-norm, rotate, online-hadamard",
+    "smooth-rot": f"{CLEAN}, calibrate, smooth-rot, fold-norm, rotate",
+    "learned": f"{CLEAN}, calibrate, smooth-rot, fold-norm, calibrate, learn-rotation",
+    "block": f"{CLEAN}, fold-norm, rotate{{block=32}}, online-hadamard{{block=32}}",
+}
+
+STATIC = "calibrate{method=mse}, assign, qdq"
+DOWN = 'partial{layers=["*layers.11/mlp/down_proj*","*layers.28/mlp/down_proj*"]}'
+INT4 = "weights=int4 block=32 weight-method=mse"
+
+
+def _static() -> list[Case]:
+    partial = "calibrate{method=mse}, assign, sensitivity{metric=kl samples=1}, "
+    return [
+        Case("ort-dynamic", "ORT dynamic int8, per channel", peer=True),
+        Case("naive", "min-max", "calibrate{margin=1.0}, assign, qdq"),
+        Case("mse", "MSE", STATIC),
+        Case("smooth", "smooth-quant", STATIC, "smooth"),
+        Case("rotate", "rotate R1 R2", STATIC, "rotate"),
+        Case("rotate-r4", "rotate R1 R2 R4", STATIC, "quarot"),
+        Case("smooth-rotate", "smooth-quant + R1 R2", STATIC, "smooth-rotate"),
+        Case("best", "smooth-quant + R1 R2 R4", STATIC, "smooth-quarot"),
+        Case("static-rot", "smooth-rot + R1 R2", STATIC, "smooth-rot"),
+        Case("static-learned", "smooth-rot + learned R1 R2", STATIC, "learned"),
+        Case(
+            "naive-partial",
+            "MSE, 2 down_proj in float",
+            f"calibrate{{method=mse}}, assign, {DOWN}, qdq",
+        ),
+        Case(
+            "best-partial",
+            "smooth-quant + R1 R2 R4, auto-partial max-drop=1",
+            partial + "auto-partial{max-drop=1 samples=4}, qdq",
+            "smooth-quarot",
+        ),
+        Case("dynamic", "dynamic, per tensor", "assign{mode=dynamic}, qdq"),
+        Case(
+            "dynamic-best",
+            "dynamic, per tensor, smooth-quant + R1 R2 R4",
+            "assign{mode=dynamic}, qdq",
+            "smooth-quarot",
+        ),
+    ]
+
+
+def _token() -> list[Case]:
+    passes = "assign{mode=per-token}, qdq"
+    rows = (
+        ("none", "none"),
+        ("smooth", "smooth-quant"),
+        ("quarot", "R1 R2 R4"),
+        ("smooth-rot", "smooth-rot + R1 R2"),
+        ("learned", "smooth-rot + learned R1 R2"),
+    )
+    return [Case(f"token-{t}", label, passes, t, "token") for t, label in rows]
+
+
+def _w4() -> list[Case]:
+    weights = f"assign{{mode=weight-only {INT4}}}"
+    both = f"assign{{mode=per-token {INT4} activations=int8}}"
+    rows = []
+    for table, assign in (("w4a16", weights), ("w4a8", both)):
+        solved = f"calibrate, {assign}, gptq, qdq"
+        rows += [
+            Case(f"{table}-rtn", "RTN", f"{assign}, qdq", "none", table),
+            Case(f"{table}-folded", "norms folded, RTN", f"{assign}, qdq", "folded", table),
+            Case(f"{table}-gptq", "norms folded, GPTQ", solved, "folded", table),
+            Case(f"{table}-rot", "R1 R2 R4, GPTQ", solved, "quarot", table),
+            Case(f"{table}-learned", "smooth-rot + learned R1 R2, GPTQ", solved, "learned", table),
+        ]
+    return rows
+
+
+def _w4a4(cache: str = "") -> list[Case]:
+    table = "w4a4kv4" if cache else "w4a4"
+    kv = " cache=int4-asym" if cache else ""
+    rtn = f"assign{{mode=per-token {INT4} activations=int4{kv}}}, qdq"
+    gptq = f"calibrate, assign{{mode=per-token {INT4} activations=int4{kv}}}, gptq, qdq"
+    blocks = f"calibrate, assign{{mode=per-token {INT4} activations=int4g32{kv}}}, gptq, qdq"
+    return [
+        Case(table, "none, RTN", rtn, "none", table),
+        Case(f"{table}-smooth", "smooth-quant, RTN", rtn, "smooth", table),
+        Case(f"{table}-quarot", "QuaRot, RTN", rtn, "quarot", table),
+        Case(f"{table}-gptq", "QuaRot, GPTQ", gptq, "quarot", table),
+        Case(f"{table}-smooth-rot", "smooth-rot + R1 R2, GPTQ", gptq, "smooth-rot", table),
+        Case(f"{table}-learned", "smooth-rot + learned R1 R2, GPTQ", gptq, "learned", table),
+        Case(f"{table}-g32", "the same, activations in g32", blocks, "learned", table),
+    ]
+
+
+def _blocks() -> list[Case]:
+    rows: list[Case] = []
+    for name in ("mxfp4", "nvfp4"):
+        assign = f"assign{{mode=per-token weights={name} activations={name} weight-method=mse}}"
+        title = name.upper()
+        rows += [
+            Case(name, f"{title}, RTN", f"{assign}, qdq", "none", "mx"),
+            Case(f"{name}-block", f"{title}, block Hadamard, RTN", f"{assign}, qdq", "block", "mx"),
+            Case(f"{name}-rot", f"{title}, R1 R2 R4, RTN", f"{assign}, qdq", "quarot", "mx"),
+            Case(f"{name}-gptq", f"{title}, block Hadamard, GPTQ",
+                 f"calibrate, {assign}, gptq, qdq", "block", "mx"),
+            Case(f"{name}-learned", f"{title}, smooth-rot + learned R1 R2, GPTQ",
+                 f"calibrate, {assign}, gptq, qdq", "learned", "mx"),
+        ]  # fmt: skip
+    return rows
 
 
 CASES = (
     Case("fp32", "fp32", peer=True),
-    Case("ort-dynamic", "ORT dynamic int8, per channel", peer=True),
-    Case("naive", "static, min-max", "canonicalize, calibrate{margin=1.0}, assign, qdq"),
-    Case("mse", "static, MSE", f"canonicalize, {STATIC}"),
-    Case("smooth", "smooth-quant", f"canonicalize, {SMOOTH}, {STATIC}"),
-    Case("rotate", "rotate R1 R2", f"canonicalize, {ROTATE}, {STATIC}"),
-    Case("rotate-r4", "rotate R1 R2 R4", f"canonicalize, {ROTATE}, online-hadamard, {STATIC}"),
-    Case("smooth-rotate", "smooth-quant + R1 R2", f"canonicalize, {SMOOTH}, {ROTATE}, {STATIC}"),
-    Case(
-        "best",
-        "smooth-quant + R1 R2 R4",
-        f"canonicalize, {SMOOTH}, {ROTATE}, online-hadamard, {STATIC}",
-    ),
-    Case(
-        "naive-partial",
-        "static, MSE, 2 down_proj in float",
-        "canonicalize, calibrate{method=mse}, assign, " + DOWN + ", qdq",
-    ),
-    Case(
-        "best-partial",
-        "best, auto-partial max-drop=1",
-        f"canonicalize, {SMOOTH}, {ROTATE}, online-hadamard, calibrate{{method=mse}}, assign, "
-        "sensitivity{metric=kl samples=1}, auto-partial{max-drop=1 samples=4}, qdq",
-    ),
-    Case("dynamic", "dynamic, per tensor", "canonicalize, assign{mode=dynamic}, qdq"),
-    Case(
-        "dynamic-rotate",
-        "dynamic, per tensor, R1 R2 R4",
-        f"canonicalize, {ROTATE}, online-hadamard, assign{{mode=dynamic}}, qdq",
-    ),
-    Case(
-        "dynamic-best",
-        "dynamic, smooth-quant + R1 R2 R4",
-        f"canonicalize, {SMOOTH}, {ROTATE}, online-hadamard, assign{{mode=dynamic}}, qdq",
-    ),
-)
-QUICK = ("fp32", "naive", "best")
+    *_static(), *_token(), *_w4(), *_w4a4(), *_w4a4("int4"), *_blocks(),
+)  # fmt: skip
+TABLES = {
+    "static": "W8A8, static ranges",
+    "token": "W8A8, one scale a token",
+    "w4a16": "W4A16 g32",
+    "w4a8": "W4A8 g32, one scale a token",
+    "w4a4": "W4A4 g32, one scale a token",
+    "w4a4kv4": "W4A4KV4 g32, one scale a token",
+    "mx": "MXFP4 and NVFP4, weights and activations",
+}
+SEED_PASSES = f"assign{{mode=per-token {INT4} activations=int4}}, qdq"
+QUICK = ("fp32", "naive", "best", "w4a4-learned", "nvfp4-block")
 
 PERPLEXITY = Column("perplexity", "perplexity", "perplexity", "lower", "{:.3f}")
 COLUMNS = (
     PERPLEXITY,
     Column("worse", "% over fp32", "%", "lower"),
     Column("kl", "KL nats", "nats", "lower", "{:.4f}"),
-    Column("share", "int8 share %", "%", "higher", "{:.1f}"),
+    Column("share", "quantized %", "%", "higher", "{:.1f}"),
     Column("seconds", "made in s", "s", "lower", "{:.0f}"),
     Column("peak", "peak MB", "MB", "lower", "{:.0f}"),
     Column("size", "file MB", "MB", "lower", "{:.0f}"),
@@ -109,6 +218,7 @@ class Setup:
     calibration: Path
     text: Path
     folder: Path
+    cache: Path
     window: int
     windows: int
     samples: int
@@ -128,24 +238,47 @@ def windows_of(setup: Setup, path: Path, count: int) -> list[np.ndarray]:
     ]
 
 
-def make(setup: Setup, case: Case) -> Path:
-    """Quantize; the path of the result."""
+def make(setup: Setup, case: Case) -> tuple[Path, dict[str, float]]:
+    """Quantize; the path of the result, and what it took."""
     path = setup.folder / f"{case.name}.onnx"
     if case.name == "fp32":
-        return setup.source
+        return setup.source, {"share": 0.0}
     if case.name == "ort-dynamic":
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
         quantize_dynamic(setup.source, path, per_channel=True, weight_type=QuantType.QInt8)
-        return path
+        return path, {"share": 100.0}
+    base, before = transformed(setup, TRANSFORMS[case.transform])
+    result, figures = run_passes(setup, base, case.passes, path)
+    figures["seconds"] += before["seconds"]
+    figures["peak"] = max(figures["peak"], before["peak"])
+    return path, {**figures, "share": share_of_products(setup, result)}
+
+
+def transformed(setup: Setup, passes: str) -> tuple[Path, dict[str, float]]:
+    """The model behind ``passes``, made once and kept in the cache; what it took to make."""
+    path = setup.cache / f"{key_of(setup, passes)}.onnx"
+    note = path.with_suffix(".json")
+    if not note.exists():
+        _, figures = run_passes(setup, setup.source, passes, path)
+        note.write_text(json.dumps(figures), encoding="utf-8")
+    figures = json.loads(note.read_text(encoding="utf-8"))
+    return path, figures
+
+
+def run_passes(
+    setup: Setup, source: Path, passes: str, path: Path
+) -> tuple[RunResult, dict[str, float]]:
+    """Run a pipeline on a file and save the result."""
     from onnxq.calibration.data import open_data
     from onnxq.graph import io
     from onnxq.pipeline.runner import Pipeline
 
-    model = io.load(setup.source)
+    began = time.perf_counter()
+    model = io.load(source)
     ids = windows_of(setup, setup.calibration, setup.samples + 4)
     samples = [{"input_ids": window} for window in ids]
-    result = Pipeline(case.passes).run(
+    result = Pipeline(passes).run(
         model,
         data=open_data(samples[: setup.samples], model),
         holdout=open_data(samples[setup.samples :], model),
@@ -153,7 +286,15 @@ def make(setup: Setup, case: Case) -> Path:
         verify=False,
     )
     io.save(result.model, path)
-    return path
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / common.MB
+    return result, {"seconds": time.perf_counter() - began, "peak": peak}
+
+
+def key_of(setup: Setup, passes: str) -> str:
+    """Names a model by all that it depends on; a new state of the code needs a new cache."""
+    stat = setup.source.stat()
+    text = f"{setup.source.name} {stat.st_size} {setup.samples} {setup.window} {passes}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def log_probabilities(setup: Setup, path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -182,29 +323,30 @@ def evaluate(setup: Setup, path: Path, is_reference: bool) -> dict[str, float]:
     return {"perplexity": math.exp(loss / count), "kl": divergence / count}
 
 
-def share_of_integers(setup: Setup, path: Path) -> float:
-    """Percent of the multiplications of linear layers that are no longer in float."""
+def share_of_products(setup: Setup, result: RunResult) -> float:
+    """Percent of the linear layers' multiplications whose operands are both quantized."""
     from onnxq.graph import io
     from onnxq.graph.match import analyze
     from onnxq.passes.decide.measure import multiplications
 
-    def cost(file: Path) -> int:
-        return sum(multiplications(linear) for linear in analyze(io.load(file)).linears)
-
-    return 100.0 * (1.0 - cost(path) / cost(setup.source))
+    if any("mode=weight-only" in step.spec for step in result.reports):
+        return 0.0
+    lowered = {
+        change.site
+        for step in result.reports
+        if step.name in ("qdq", "pack")
+        for change in step.report.changed
+    }
+    costs = {each.name: multiplications(each) for each in analyze(io.load(setup.source)).linears}
+    return 100.0 * sum(costs[name] for name in costs if name in lowered) / sum(costs.values())
 
 
 def work(setup: Setup, case: Case) -> dict[str, float]:
     """Make and evaluate one case; runs in a process of its own."""
-    began = time.perf_counter()
-    path = make(setup, case)
-    seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / common.MB
+    path, made = make(setup, case)
     figures = {
-        "seconds": seconds,
-        "peak": peak,
+        **made,
         "size": sum(f.stat().st_size for f in path.parent.glob(f"{path.name}*")) / common.MB,
-        "share": share_of_integers(setup, path),
         **evaluate(setup, path, case.name == "fp32"),
     }
     if case.name != "fp32":
@@ -214,14 +356,20 @@ def work(setup: Setup, case: Case) -> dict[str, float]:
 
 
 def measure(setup: Setup, cases: Sequence[Case]) -> Iterator[Row]:
-    """One row a case, each in a fresh process."""
+    """One row a case, each in a fresh process, or from the cache."""
     exact = 0.0
     for case in cases:
         row = Row(case.name, case.label, not case.peer)
+        text = f"{case.name} {TRANSFORMS[case.transform]} {case.passes} {setup.windows}"
+        kept = setup.cache / f"row-{key_of(setup, text)}.json"
         context = multiprocessing.get_context("spawn")
         try:
-            with ProcessPoolExecutor(1, mp_context=context) as pool:
-                row.figures = pool.submit(work, setup, case).result()
+            if kept.exists():
+                row.figures = json.loads(kept.read_text(encoding="utf-8"))
+            else:
+                with ProcessPoolExecutor(1, mp_context=context) as pool:
+                    row.figures = pool.submit(work, setup, case).result()
+                kept.write_text(json.dumps(row.figures), encoding="utf-8")
             exact = exact or row.figures["perplexity"]
             row.figures["worse"] = 100 * (row.figures["perplexity"] / exact - 1)
         except Exception as error:  # a row that failed says so, and the others go on
@@ -229,8 +377,35 @@ def measure(setup: Setup, cases: Sequence[Case]) -> Iterator[Row]:
         yield row
 
 
+def seed_cases(count: int) -> list[Case]:
+    """Random Hadamard rotations of ``count`` seeds, and the one learned from the first."""
+    cases = [CASES[0]]
+    for seed in range(count):
+        name = f"random-{seed}"
+        TRANSFORMS[name] = f"{CLEAN}, fold-norm, rotate{{seed={seed}}}, online-hadamard"
+        cases.append(Case(name, f"random Hadamard, seed {seed}", SEED_PASSES, name, "w4a4"))
+    TRANSFORMS["learned-0"] = (
+        f"{CLEAN}, fold-norm, calibrate, learn-rotation{{seed=0}}, online-hadamard"
+    )
+    return [*cases, Case("learned-0", "learned from seed 0", SEED_PASSES, "learned-0", "w4a4")]
+
+
+def print_seeds(rows: Sequence[Row]) -> None:
+    """Mean, spread and extremes of the random rotations, and the learned one."""
+    found = [r.figures["perplexity"] for r in rows if r.name.startswith("random")]
+    learned = rows[-1].figures["perplexity"]
+    mean, spread = float(np.mean(found)), float(np.std(found, ddof=1)) if len(found) > 1 else 0.0
+    print(
+        f"W4A4 RTN, {len(found)} random seeds: mean {mean:.3f}, standard deviation {spread:.3f}, "
+        f"{min(found):.3f} to {max(found):.3f}; learned {learned:.3f}, "
+        f"{100 * (1 - learned / mean):.1f} % below the mean"
+    )
+
+
 def setup_of(options: Namespace, folder: Path) -> Setup:
     """Build the model if none is given, and find the texts."""
+    cache = options.cache or folder
+    cache.mkdir(parents=True, exist_ok=True)
     data = common.shared_folder() / "data"
     name = "stories260k" if options.quick else "smollm2"
     source = options.model
@@ -242,14 +417,15 @@ def setup_of(options: Namespace, folder: Path) -> Setup:
     tokenizer = source.with_name(source.name.removesuffix(".onnx") + ".tokenizer.json")
     if options.quick:
         text = next((data / "stories260k").glob("*.txt"))
-        return Setup(source, tokenizer, text, text, folder, 64, 2, 4, options.threads)
+        return Setup(source, tokenizer, text, text, folder, cache, 64, 2, 4, options.threads)
     texts = data / "wikitext2"
     return Setup(
         source,
         tokenizer,
         texts / "wiki.valid.tokens",
         texts / "wiki.test.first-half.raw",
-        folder,
+        cache,
+        cache,
         512,
         options.windows,
         8,
@@ -260,11 +436,17 @@ def setup_of(options: Namespace, folder: Path) -> Setup:
 def chosen(options: Namespace) -> list[Case]:
     """The cases asked for; fp32 is always first, for the others are compared with it."""
     names = options.cases.split(",") if options.cases else list(QUICK if options.quick else ())
-    unknown = set(names) - {case.name for case in CASES}
+    tables = options.tables.split(",") if options.tables else []
+    unknown = set(names) - {case.name for case in CASES} | set(tables) - set(TABLES)
     if unknown:
-        known = ", ".join(case.name for case in CASES)
+        known = ", ".join((*TABLES, *(case.name for case in CASES)))
         raise SystemExit(f"no case {', '.join(sorted(unknown))}; there are: {known}")
-    return [case for case in CASES if not names or case.name in (*names, "fp32")]
+    everything = not (names or tables)
+    return [
+        case
+        for case in CASES
+        if everything or case.name in (*names, "fp32") or case.table in tables
+    ]
 
 
 def compare(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
@@ -281,25 +463,47 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="smollm2.onnx with its tokenizer beside it")
     parser.add_argument("--windows", type=int, default=24, help="windows evaluated; 0 for all")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--cases", default="", help="comma-separated names")
+    parser.add_argument("--cases", default="", help="comma-separated names of rows")
+    parser.add_argument("--tables", default="", help="comma-separated names of tables")
+    parser.add_argument("--cache", type=Path, help="folder for finished rows and shared models")
+    parser.add_argument(
+        "--seeds", type=int, default=0, help="compare with so many random rotations"
+    )
     parser.add_argument("--markdown", action="store_true", help="the table as Markdown")
     options = parser.parse_args()
-    cases = chosen(options)
+    cases = seed_cases(options.seeds) if options.seeds else chosen(options)
     with common.workspace() as folder:
         setup = setup_of(options, folder)
         rows = []
         for row in measure(setup, cases):
             rows.append(row)
             what = row.error or f"perplexity {row.cell(PERPLEXITY)}"
-            print(f"{row.label}: {what}", file=sys.stderr, flush=True)
+            print(f"{row.name}, {row.label}: {what}", file=sys.stderr, flush=True)
+        count = len(windows_of(setup, setup.text, setup.windows))
     if options.json:
         common.emit(compare(rows))
-    elif options.markdown:
-        print(common.markdown_table(rows, COLUMNS))
     else:
-        common.print_table(f"{setup.source.stem}, W8A8; {common.machine()}", rows, COLUMNS)
+        title = f"{setup.source.stem}, {count} windows of {setup.window}; {common.machine()}"
+        print_tables(cases, rows, title, markdown=options.markdown)
     if any(row.error for row in rows):
         raise SystemExit(1)
+    if options.seeds:
+        print_seeds(rows)
+
+
+def print_tables(cases: Sequence[Case], rows: Sequence[Row], title: str, *, markdown: bool) -> None:
+    """One table for each kind of quantization, the exact model first in each."""
+    for table, about in TABLES.items():
+        found = [
+            r for c, r in zip(cases, rows, strict=True) if c.table == table and r.name != "fp32"
+        ]
+        if not found:
+            continue
+        if markdown:
+            print(f"{about}; {title}\n")
+            print(common.markdown_table([rows[0], *found], COLUMNS) + "\n")
+        else:
+            common.print_table(f"{about}; {title}", [rows[0], *found], COLUMNS)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
+import scipy.linalg
 
+from onnxq.errors import SpecError
 from onnxq.graph.edit import replace_const
 from onnxq.graph.match import (
     Attention,
@@ -56,6 +58,8 @@ class Rotate(Pass):
         r1: rotate the residual stream.
         r2: rotate the values of each head.
         kind: ``hadamard`` where the size has one, or ``orthogonal`` (Haar-random) throughout.
+        block: channels that are rotated together, by a block-diagonal matrix; 0 for all of the
+            stream or head. Formats with a scale a block want a multiple of their block.
         seed: of the random signs; -1 for the run's seed.
     """
 
@@ -69,7 +73,12 @@ class Rotate(Pass):
     r1: bool = True
     r2: bool = True
     kind: RotationKind = "hadamard"
+    block: int = 0
     seed: int = -1
+
+    def __post_init__(self) -> None:
+        if self.block < 0 or self.block == 1:
+            raise SpecError("SPEC-RANGE", f"block={self.block}: blocks have two channels at least")
 
     def candidates(self, model: ir.Model) -> list[str]:
         """Residual streams and attentions."""
@@ -96,19 +105,21 @@ class Rotate(Pass):
         if not streams:
             report.skip("residual stream", "R1: the graph has no norms")
         for stream in streams:
-            reason = why_not_rotatable(structure, stream)
+            reason = why_not_rotatable(structure, stream) or self._why_no_blocks(stream.width)
             if reason is not None:
                 report.skip(stream.name, f"R1: {reason}")
                 continue
             if not ctx.budget.take(stream.name):
                 continue
-            rotation = random_rotation(stream.width, rng, prefer=self.kind)
+            rotation = self._draw(stream.width, rng)
             matrix = rotation.matrix
             if any(norm.kind == "layernorm" for norm in stream.norms):
                 matrix = fixing_ones(matrix)
             count = rotate_stream(structure, stream, matrix)
             report.change(
-                stream.name, f"R1: {_describe(rotation)}", f"into {count} weights, none at run time"
+                stream.name,
+                f"R1: {self._describe(rotation)}",
+                f"into {count} weights, none at run time",
             )
             structure = analyze(model)
 
@@ -124,29 +135,46 @@ class Rotate(Pass):
             if isinstance(way, str):
                 report.skip(name, f"R2: {way}")
                 continue
+            reason = self._why_no_blocks(way.head_dim)
+            if reason is not None:
+                report.skip(name, f"R2: {reason}")
+                continue
             if not ctx.budget.take(name):
                 continue
-            heads = [
-                random_rotation(way.head_dim, rng, prefer=self.kind) for _ in range(way.kv_heads)
-            ]
+            heads = [self._draw(way.head_dim, rng) for _ in range(way.kv_heads)]
             rotate_values(way, [head.matrix for head in heads])
             report.change(
-                name, f"R2: {_describe(heads[0])}, {way.kv_heads} heads", "into the v and o weights"
+                name,
+                f"R2: {self._describe(heads[0])}, {way.kv_heads} heads",
+                "into the v and o weights",
             )
             if way.value.is_weight_shared or way.output.is_weight_shared:
                 structure = analyze(model)
+
+    def _why_no_blocks(self, width: int) -> str | None:
+        if self.block and width % self.block:
+            return f"its {width} channels are not divided by block={self.block}"
+        return None
+
+    def _draw(self, width: int, rng: np.random.Generator) -> Rotation:
+        """One rotation of ``width`` channels, block by block if asked for."""
+        size = self.block or width
+        blocks = [random_rotation(size, rng, prefer=self.kind) for _ in range(width // size)]
+        if len(blocks) == 1:
+            return blocks[0]
+        return Rotation(scipy.linalg.block_diag(*(b.matrix for b in blocks)), blocks[0].kind)
+
+    def _describe(self, rotation: Rotation) -> str:
+        size = self.block or len(rotation.matrix)
+        blocks = f", {len(rotation.matrix) // size} blocks" if size < len(rotation.matrix) else ""
+        if rotation.kind == "hadamard":
+            return f"randomized Hadamard of order {size}{blocks}"
+        return f"random orthogonal of order {size}{blocks}"
 
 
 def attentions_of(structure: Structure) -> list[Attention | FusedAttention]:
     """All attentions of a graph, in whatever spelling."""
     return [*structure.attentions, *structure.fused_attentions]
-
-
-def _describe(rotation: Rotation) -> str:
-    size = len(rotation.matrix)
-    if rotation.kind == "hadamard":
-        return f"randomized Hadamard of order {size}"
-    return f"random orthogonal of order {size}"
 
 
 # R1 -------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from onnxq.errors import SpecError
 from onnxq.graph.match import analyze
 from onnxq.passes.contract import PassReport
 from onnxq.passes.transform.fold_norm import FoldNorm
@@ -123,3 +124,25 @@ def test_equal_seeds_give_equal_weights() -> None:
 
     np.testing.assert_array_equal(array(first), array(again))
     assert not np.allclose(array(first), array(other))
+
+
+@pytest.mark.parametrize("block", [4, 8])
+def test_blocks_are_rotated_each_by_itself(block: int) -> None:
+    model = llama(hidden=32, heads=4, kv_heads=2)
+    rotated, report = rotate(model, block=block)
+    assert_exact(model, rotated)
+    assert ops(rotated) == ops(model)
+    assert f"of order {block}" in report.changed[0].what
+    name = str(analyze(model).norms[1].x.name)
+    (old,), (new,) = outputs(model, TOKENS, name), outputs(rotated, TOKENS, name)
+    old, new = (a.reshape(-1, 32 // block, block) for a in (old, new))
+    np.testing.assert_allclose(np.linalg.norm(new, axis=-1), np.linalg.norm(old, axis=-1))
+    assert relative_error(old, new) > 0.5
+
+
+def test_blocks_that_do_not_divide_are_said() -> None:
+    _, report = rotate(llama(hidden=24, heads=4, kv_heads=2), block=16)
+    assert not report.changed
+    assert "24 channels are not divided by block=16" in reasons(report)
+    with pytest.raises(SpecError, match="block=1"):
+        Rotate(block=1)
