@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from onnxq.runtime.metrics import cosine, sqnr_db
+from onnxq.runtime.metrics import cosine, leaves, sqnr_db
 
 Flag = Literal["all-zero", "non-finite", "shape"]
 
@@ -79,7 +79,7 @@ class Tally:
 
     def add(self, a: Any, b: Any) -> None:
         """Count one sample: ``a`` of the reference, ``b`` of the candidate."""
-        left, right = np.asarray(a), np.asarray(b)
+        left, right = _whole(a), _whole(b)
         self.is_float = left.dtype.kind == "f"
         if left.shape != right.shape:
             self.flags.add("shape")
@@ -133,6 +133,15 @@ class Tally:
 
     def _sqnr(self) -> float:
         return math.nan if self.flags else sqnr_db(self.signal, self.noise)
+
+
+def _whole(value: Any) -> np.ndarray:
+    """An array as it is; the leaves of a sequence or map as one vector, the float ones if any."""
+    if isinstance(value, np.ndarray):
+        return value
+    parts = [array.ravel() for _, array in leaves(value)]
+    floats = [part for part in parts if part.dtype.kind == "f"]
+    return np.concatenate(floats or parts) if parts else np.empty(0, np.float32)
 
 
 def _json(value: Any) -> Any:

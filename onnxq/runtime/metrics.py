@@ -1,13 +1,40 @@
-"""How far two arrays are apart."""
+"""How far two outputs are apart: arrays, or sequences, maps and optionals of them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any, TypeAlias
 
 import numpy as np
 
+Path: TypeAlias = tuple[Any, ...]
 
-def relative_error(reference: np.ndarray, other: np.ndarray) -> float:
+
+def leaves(value: Any) -> Iterator[tuple[Path, np.ndarray]]:
+    """The arrays in an output of onnxruntime, each with its place in sequences and maps.
+
+    An array is its own only leaf, at ``()``; an optional without a value has none.
+    """
+    if isinstance(value, list):
+        for index, entry in enumerate(value):
+            yield from (((index, *place), array) for place, array in leaves(entry))
+    elif isinstance(value, dict):
+        for key, entry in value.items():
+            yield from (((key, *place), array) for place, array in leaves(entry))
+    elif value is not None:
+        yield (), np.asarray(value)
+
+
+def relative_error(reference: Any, other: Any) -> float:
+    """The largest :func:`array_error` over the leaves; inf when sequences or maps are not alike."""
+    ours, theirs = dict(leaves(reference)), dict(leaves(other))
+    if ours.keys() != theirs.keys():
+        return math.inf
+    return max((array_error(array, theirs[place]) for place, array in ours.items()), default=0.0)
+
+
+def array_error(reference: np.ndarray, other: np.ndarray) -> float:
     """``||reference - other|| / ||reference||`` in float64; inf when shapes or non-finites differ.
 
     Positions where both hold the same infinity, or both a NaN, count as equal.

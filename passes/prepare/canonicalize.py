@@ -110,7 +110,9 @@ def _clean(model: ir.Model) -> PassReport:
     """One round: what one rewrite leaves behind may be work for those before it."""
     report = PassReport()
     common.ShapeInferencePass()(model)
-    fold_constants(model)
+    reason = fold_constants(model)
+    if reason is not None:
+        report.skip("constant folding", reason)
     _forget_removed_nodes(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     for graph in (model.graph, *model.graph.subgraphs()):
@@ -151,8 +153,13 @@ def _drop_constant_inputs(model: ir.Model) -> None:
         model.ir_version = OVERRIDABLE_SINCE_IR
 
 
-def fold_constants(model: ir.Model) -> None:
-    """Evaluate what depends on constants alone, shapes of fixed size included."""
+def fold_constants(model: ir.Model) -> str | None:
+    """Evaluate what depends on constants alone, shapes of fixed size included.
+
+    Returns:
+        Why onnxscript's folder stopped before the end, if it did. It rewrites node by node, so
+        the graph is whole either way.
+    """
     from onnxscript import optimizer
 
     def small_fill(node: ir.Node) -> bool | None:
@@ -162,9 +169,13 @@ def fold_constants(model: ir.Model) -> None:
         shape = const_ints(node.inputs[0])
         return shape is not None and math.prod(shape) <= 1024
 
-    optimizer.fold_constants(
-        model, input_size_limit=1024, output_size_limit=1024 * 1024, should_fold=small_fill
-    )
+    try:
+        optimizer.fold_constants(
+            model, input_size_limit=1024, output_size_limit=1024 * 1024, should_fold=small_fill
+        )
+    except RuntimeError as error:
+        return f"stopped early: {error}"
+    return None
 
 
 def _name_nodes(graph: ir.Graph) -> None:

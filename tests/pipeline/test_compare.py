@@ -59,6 +59,16 @@ def test_relative_error(a, b, expected):
     assert relative_error(np.array(a), np.array(b)) == pytest.approx(expected, rel=1e-12)
 
 
+def test_relative_error_looks_into_sequences_and_maps():
+    one, two = np.ones(2, np.float32), np.full(3, 2.0)
+    assert relative_error([one, {"a": two}], [one, {"a": two}]) == 0.0
+    assert relative_error([one, {"a": two}], [one, {"a": 1.5 * two}]) == pytest.approx(0.5)
+    assert relative_error([one, two], [one]) == math.inf
+    assert relative_error({"a": one}, {"b": one}) == math.inf
+    assert relative_error(None, None) == 0.0
+    assert relative_error(None, one) == math.inf
+
+
 def test_sqnr():
     assert sqnr_db(100.0, 1.0) == pytest.approx(20.0)
     assert sqnr_db(1.0, 0.0) == math.inf
