@@ -19,7 +19,9 @@ Mode = Literal["static", "dynamic", "per-token", "weight-only"]
 WeightMethod = Literal["minmax", "mse"]
 ANY_WEIGHT: Final = ("weight-only", "per-token")
 """Modes whose weights may have any format, in blocks: the product itself is in float."""
-SiteKind = Literal["matmul", "gemm", "conv", "embedding", "op"]
+CACHE: Final = " keys and values"
+"""Behind the name of an attention, the site of kind ``cache``: what it reads of other tokens."""
+SiteKind = Literal["matmul", "gemm", "conv", "embedding", "op", "cache"]
 
 
 @dataclass(frozen=True)

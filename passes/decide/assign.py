@@ -23,7 +23,15 @@ import onnx_ir as ir
 from onnxq.calibration.requests import StatRequest
 from onnxq.errors import SpecError, UnsupportedError
 from onnxq.formats import IntFormat, MxFormat, NvFp4Format, parse_format
-from onnxq.graph.match import Linear, Structure, analyze, analyze_all, is_op
+from onnxq.graph.match import (
+    Attention,
+    FusedAttention,
+    Linear,
+    Structure,
+    analyze,
+    analyze_all,
+    is_op,
+)
 from onnxq.graph.match.values import node_label, op_domain, value_dtype
 from onnxq.passes.contract import Context, Key, Pass, PassReport
 from onnxq.passes.decide.calibrate import RANGE_RULE
@@ -34,9 +42,10 @@ from onnxq.passes.decide.integer_regions import (
     output_of_conv,
 )
 from onnxq.passes.keys import PLAN, STATISTICS
-from onnxq.passes.lower.activations import activation_format
+from onnxq.passes.lower.activations import activation_format, keys_and_values
 from onnxq.passes.plan import (
     ANY_WEIGHT,
+    CACHE,
     ActivationPlan,
     Mode,
     QuantPlan,
@@ -93,6 +102,8 @@ class Assign(Pass):
         activations: format of activations, or ``auto``: what the target is fast with, and int8 in
             mode ``per-token``. There it may be any that can be computed at run time, with its
             block: ``int4``, ``int4g32``, ``fp8e4m3``, ``mxfp4``, ``nvfp4``; else an integer one.
+        cache: in mode ``per-token``, format of keys and values, one scale a token and head (or
+            block of it), or ``float``. Rounds what attention reads in graphs without a cache too.
         clip: in mode ``per-token``, share of a token's largest magnitude that integer and float
             codes reach.
         block: elements along the reduction axis that share a weight scale; 0: one scale an
@@ -111,6 +122,7 @@ class Assign(Pass):
     mode: Mode = "static"
     weights: str = "int8"
     activations: str = "auto"
+    cache: str = "float"
     clip: float = 1.0
     block: int = 0
     weight_method: Literal["minmax", "mse"] = "minmax"
@@ -149,6 +161,8 @@ class Assign(Pass):
     def _check_activations(self) -> None:
         if self.mode == "per-token":
             fmt = activation_format(self._activation.format)
+            if self.cache != "float":
+                activation_format(self.cache)
             if not 0.0 < self.clip <= 1.0:
                 raise SpecError("SPEC-RANGE", f"clip={self.clip} is not above 0 and up to 1")
             if self.clip != 1.0 and isinstance(fmt, MxFormat | NvFp4Format):
@@ -158,6 +172,12 @@ class Assign(Pass):
                     "leave clip out",
                 )
             return
+        if self.cache != "float":
+            raise SpecError(
+                "SPEC-COMBINATION",
+                f"cache={self.cache} is for mode=per-token, not mode={self.mode}",
+                "leave cache out",
+            )
         if self.clip != 1.0:
             raise SpecError(
                 "SPEC-COMBINATION",
@@ -214,6 +234,13 @@ class Assign(Pass):
         for linear in structure.linears:
             self._assign_linear(model, linear, plan, ctx.target)
         self._assign_embeddings(structure, plan)
+        if self.cache != "float":
+            attentions: list[Attention | FusedAttention] = [
+                *structure.attentions,
+                *structure.fused_attentions,
+            ]
+            for attention in attentions:
+                self._assign_cache(structure, attention, plan)
         if self.mode == "static":
             for op in find_integer_ops(structure):
                 self._assign_op(op, plan)
@@ -305,6 +332,32 @@ class Assign(Pass):
                         why=f"table of {tensor.nbytes:,} bytes",
                     )
                 )
+
+    def _assign_cache(
+        self, structure: Structure, attention: Attention | FusedAttention, plan: QuantPlan
+    ) -> None:
+        name = attention.name + CACHE
+        found = None if isinstance(attention, FusedAttention) else keys_and_values(attention)
+        size = activation_format(self.cache).block
+        way = structure.v_to_o(attention)
+        if found is None:
+            plan.leave_float(name, "keys are not transposed right before the product")
+        elif isinstance(way, str):
+            plan.leave_float(name, f"the size of its heads is not known: {way}")
+        elif size and way.head_dim % size:
+            plan.leave_float(name, f"heads of {way.head_dim} are not divided by blocks of {size}")
+        else:
+            plan.add(
+                SitePlan(
+                    name,
+                    "cache",
+                    "per-token",
+                    inputs=tuple(str(value.name) for value in found),
+                    activation=ActivationPlan(self.cache),
+                    by=self.name,
+                    why=f"heads of {way.head_dim}",
+                )
+            )
 
     def _assign_op(self, op: IntegerOp, plan: QuantPlan) -> None:
         quantized = {site.output for site in plan.sites.values() if site.output}

@@ -24,6 +24,8 @@ from onnxq.formats import Format, IntFormat, MiniFloat, MxFormat, NvFp4Format, p
 from onnxq.formats.minifloat import FP4, FP8E4M3
 from onnxq.formats.mx import INT8_FRACTION_BITS, INT8_MAX_CODE
 from onnxq.graph.edit import Names, insert_after
+from onnxq.graph.match import Attention, is_op
+from onnxq.graph.match.values import attr_ints
 from onnxq.passes.plan import ActivationPlan
 
 DOMAIN: Final = "com.onnxq.activation"
@@ -73,6 +75,24 @@ def _plain(fmt: MiniFloat) -> MiniFloat:
     return MiniFloat(fmt.e, fmt.m, fmt.bias, fmt.specials, fmt.signed)
 
 
+def keys_and_values(attention: Attention) -> tuple[ir.Value, ir.Value] | None:
+    """Keys before their transpose, and values, ``[.., S, d]`` each; None without a transpose."""
+    transpose = attention.k.producer()
+    if transpose is None or not is_op(transpose, "Transpose"):
+        return None
+    perm = attr_ints(transpose, "perm")
+    keys = transpose.inputs[0]
+    if keys is None or perm is None or perm[-2:] != (len(perm) - 1, len(perm) - 2):
+        return None
+    return keys, attention.v
+
+
+def attention_readers(attention: Attention, value: ir.Value) -> list[ir.Node]:
+    """The transpose of the keys, or the product with the values."""
+    inside = {*attention.nodes, attention.k.producer()}
+    return [node for node in value.consumers() if node in inside]
+
+
 class ActivationRounding:
     """Puts the nodes into a model; products that read one value in one format share one."""
 
@@ -92,6 +112,14 @@ class ActivationRounding:
         if (x, plan) not in self._done:
             self._done[x, plan] = self._round(x, channels, plan)
         node.replace_input_with(index, self._done[x, plan])
+
+    def read_cache_rounded(self, attention: Attention, channels: int, plan: ActivationPlan) -> None:
+        """Let ``attention`` read keys and values of ``channels`` a head rounded."""
+        found = keys_and_values(attention)
+        assert found is not None
+        for value in found:
+            for node in attention_readers(attention, value):
+                self.read_rounded(node, list(node.inputs).index(value), channels, plan)
 
     def _round(self, x: ir.Value, channels: int, plan: ActivationPlan) -> ir.Value:
         opset = self._model.opset_imports.get("", 0)

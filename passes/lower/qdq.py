@@ -29,6 +29,7 @@ from onnxq.passes.lower.dynamic import DynamicLowering
 from onnxq.passes.lower.embedding import lower_embedding
 from onnxq.passes.lower.static import StaticLowering
 from onnxq.passes.lower.weight_only import lower_decoded, lower_weight_only
+from onnxq.passes.plan import CACHE
 from onnxq.passes.sites import site_names
 from onnxq.passes.weights.rounded import RoundedWeights
 
@@ -59,6 +60,11 @@ class Qdq(Pass):
         embeddings = {names[embedding.node]: embedding for embedding in structure.embeddings}
         nodes = {name: node for node, name in names.items()}
         rounded = ctx.artifacts.get(ROUNDED) if ROUNDED in ctx.artifacts else RoundedWeights()
+        heads = {
+            attention.name + CACHE: (attention, way.head_dim)
+            for attention in structure.attentions
+            if not isinstance(way := structure.v_to_o(attention), str)
+        }
         static = StaticLowering(model, plan, rounded)
         dynamic = DynamicLowering(model, rounded)
         activations = ActivationRounding(model)
@@ -68,6 +74,9 @@ class Qdq(Pass):
             linear = linears.get(site.site)
             if site.kind == "embedding":
                 what = lower_embedding(model.graph, embeddings[site.site], site)
+            elif site.kind == "cache" and site.activation is not None:
+                activations.read_cache_rounded(*heads[site.site], site.activation)
+                what = f"keys and values in {site.activation.format}, a scale a token and head"
             elif linear is None:
                 what = static.lower_op(nodes[site.site], site)
             elif site.mode == "static":

@@ -43,18 +43,49 @@ def test_perplexity_is_that_of_the_evaluation(
     models.build("stories260k", source, checkpoint=stories)
     text = next(stories.glob("*.txt"))
     setup = benchmark.Setup(
-        source, tmp_path / "stories.tokenizer.json", text, text, tmp_path, 64, 3, 2, 1
+        source, tmp_path / "stories.tokenizer.json", text, text, tmp_path, tmp_path, 64, 3, 2, 1
     )
     ours = benchmark.evaluate(setup, source, is_reference=True)
     task = evaluate(source, "perplexity", text, window=64, limit=3, bos="false")
     assert ours["perplexity"] == pytest.approx(task.value, rel=1e-5)
     again = benchmark.evaluate(setup, source, is_reference=False)
     assert again["kl"] == pytest.approx(0, abs=1e-5)
-    assert benchmark.share_of_integers(setup, source) == 0
-    case = dataclasses.replace(benchmark.CASES[2], passes="canonicalize, assign{mode=dynamic}, qdq")
-    path = benchmark.make(setup, case)
-    assert benchmark.share_of_integers(setup, path) == 100
+    assert benchmark.make(setup, benchmark.CASES[0])[1]["share"] == 0
+    case = benchmark.Case("mine", "", "assign{mode=dynamic}, qdq")
+    path, figures = benchmark.make(setup, case)
+    assert figures["share"] == 100
+    assert figures["seconds"] > 0
     assert benchmark.evaluate(setup, path, is_reference=False)["kl"] > 1e-4
+    half = dataclasses.replace(case, passes='assign{mode=dynamic}, partial{layers=["*mlp*"]}, qdq')
+    assert 0 < benchmark.make(setup, half)[1]["share"] < 100
+
+
+def test_a_finished_row_is_read_back_and_transforms_are_made_once(
+    benchmark: Any, stories: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "stories.onnx"
+    models.build("stories260k", source, checkpoint=stories)
+    text = next(stories.glob("*.txt"))
+    setup = benchmark.Setup(
+        source, tmp_path / "stories.tokenizer.json", text, text, tmp_path, tmp_path, 64, 2, 2, 1
+    )
+    cases = [benchmark.CASES[0], benchmark.Case("mine", "", "assign{mode=dynamic}, qdq", "quarot")]
+    first = [row.figures for row in benchmark.measure(setup, cases)]
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.onnx")}
+    again = [row.figures for row in benchmark.measure(setup, cases)]
+    assert again == first
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.onnx")} == stamps
+
+
+def test_every_row_is_a_pipeline_that_validates(benchmark: Any) -> None:
+    from onnxq.pipeline.grammar import parse
+    from onnxq.pipeline.validate import validate
+
+    names = [case.name for case in benchmark.CASES]
+    assert len(names) == len(set(names))
+    for case in benchmark.CASES:
+        if not case.peer:
+            validate(parse(f"{benchmark.TRANSFORMS[case.transform]}, {case.passes}"))
 
 
 def test_an_unknown_case_is_refused() -> None:
@@ -65,7 +96,7 @@ def test_an_unknown_case_is_refused() -> None:
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
     )
     assert done.returncode == 1
-    assert "no case nonesuch; there are: fp32" in done.stderr
+    assert "no case nonesuch; there are: static, token" in done.stderr
 
 
 @pytest.mark.slow

@@ -8,12 +8,25 @@ import pytest
 
 from onnxq.errors import PreconditionError, SpecError
 from onnxq.formats import Granularity, parse_format
+from onnxq.graph.match import analyze
+from onnxq.models.checkpoints import LlamaCheckpoint, LlamaConfig
+from onnxq.models.llama import build_llama
 from onnxq.passes.decide.assign import Assign
 from onnxq.passes.lower.activations import ActivationRounding
 from onnxq.passes.lower.pack import Pack
 from onnxq.passes.lower.qdq import Qdq
 from onnxq.passes.plan import ActivationPlan
-from tests.passes.helpers import Array, apply, model_of, normal, ops, reasons, report_of, run
+from tests.passes.helpers import (
+    Array,
+    apply,
+    model_of,
+    normal,
+    ops,
+    reasons,
+    report_of,
+    run,
+    values,
+)
 
 NAMES = (
     "int8", "int4", "int3", "int4-narrow", "int8-asym", "int4g32-asym", "uint4g16-asym", "int4g32",
@@ -190,3 +203,56 @@ def test_an_old_opset_is_refused_with_the_fix() -> None:
 def test_options_that_do_not_go_together(options: dict[str, object]) -> None:
     with pytest.raises(SpecError):
         Assign(**{"mode": "per-token", **options})  # type: ignore[arg-type]
+
+
+def test_keys_and_values_are_rounded_where_attention_reads_them() -> None:
+    model = small_decoder()
+    done = apply(model, Assign(mode="per-token", cache="int4-asym"), Qdq())
+    rounding = [n for n in done.model.graph if n.op_type == "Int4Asym"]
+    assert len(rounding) == 4  # keys and values of two layers
+    structure = analyze(model)
+    tokens = {"input_ids": np.arange(9)[None] % 50}
+    names = [str(node.inputs[0].name) for node in rounding if node.inputs[0] is not None]
+    names += [str(node.outputs[0].name) for node in rounding]
+    found = values(done.model, tokens, names)
+    for before, after in zip(names[:4], names[4:], strict=True):
+        np.testing.assert_allclose(
+            found[after].reshape(-1, 8),
+            expected(found[before].reshape(-1, 8), "int4-asym"),
+            rtol=1e-4, atol=1e-5,
+        )  # fmt: skip
+    assert len(structure.attentions) == 2
+    with pytest.raises(SpecError, match="cache=int4"):
+        Assign(cache="int4")
+
+
+def test_a_cache_that_blocks_do_not_divide_stays_float() -> None:
+    result = apply(small_decoder(), Assign(mode="per-token", cache="int4g32"))
+    assert "heads of 8 are not divided by blocks of 32" in reasons(report_of(result, "assign"))
+
+
+def small_decoder() -> ir.Model:
+    """Two layers, four query heads of 8 on two value heads, in float32."""
+    rng = np.random.default_rng(0)
+    config = LlamaConfig(50, 32, 40, 2, 4, 2, 64, 1e4, 1e-5)
+    shapes = {
+        "self_attn.q_proj": (32, 32),
+        "self_attn.k_proj": (16, 32),
+        "self_attn.v_proj": (16, 32),
+        "self_attn.o_proj": (32, 32),
+        "mlp.gate_proj": (40, 32),
+        "mlp.up_proj": (40, 32),
+        "mlp.down_proj": (32, 40),
+    }
+    weights = {
+        f"model.layers.{layer}.{name}.weight": (rng.standard_normal(shape) / 5).astype(np.float32)
+        for layer in range(2)
+        for name, shape in shapes.items()
+    }
+    for layer in range(2):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            weights[f"model.layers.{layer}.{norm}.weight"] = np.ones(32, np.float32)
+    weights["model.norm.weight"] = np.ones(32, np.float32)
+    weights["model.embed_tokens.weight"] = rng.standard_normal((50, 32)).astype(np.float32)
+    checkpoint = LlamaCheckpoint(config, weights, {})
+    return ir.from_proto(build_llama(checkpoint, kv_cache=False, dtype="float32", metadata={}))
