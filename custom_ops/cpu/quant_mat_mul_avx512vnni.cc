@@ -197,12 +197,10 @@ struct Avx512vnni {
     });
   }
 
-  // Levels of 16 columns at k = 4 * step + kk; `codes` holds the four k of each.
-  template <LevelKind kind>
-  ONNXQ_INLINE static inline __m512 Levels(const QuantWeights& w, __m512 table, __m512i codes,
-                                           int shift) {
-    if constexpr (kind == LevelKind::kE4M3) return Numbers(codes, shift);
-    const __m512i code = _mm512_srl_epi32(codes, _mm_cvtsi32_si128(shift));
+  // Levels of 16 columns at the k whose codes lie `shift` bits up in each lane.
+  template <LevelKind kind, int shift>
+  ONNXQ_INLINE static inline __m512 Levels(const QuantWeights& w, __m512 table, __m512i codes) {
+    const __m512i code = _mm512_srli_epi32(codes, shift);
     if constexpr (CodeBits(kind) <= 4) {
       return _mm512_permutexvar_ps(code, table);  // looks at four bits only
     } else if constexpr (kind == LevelKind::kTable64) {
@@ -220,6 +218,18 @@ struct Avx512vnni {
     }
   }
 
+  // Levels of 16 columns at four k.
+  template <LevelKind kind, int field>
+  ONNXQ_INLINE static inline void Levels(const QuantWeights& w, __m512 table, __m512i codes,
+                                         __m512 (&out)[4]) {
+    if constexpr (kind == LevelKind::kE4M3) {
+      FromE4M3(codes, out);
+    } else {
+      Each<4>([&](auto kk)
+                  ONNXQ_INLINE { out[kk] = Levels<kind, 8 * kk + field>(w, table, codes); });
+    }
+  }
+
   // Weights of the 32 columns of a panel at the four k of a step, from scale and zero point.
   template <LevelKind kind, class Use>
   ONNXQ_INLINE static inline void Step(const QuantWeights& w, __m512 table, const uint8_t* codes,
@@ -232,14 +242,17 @@ struct Avx512vnni {
     } else {
       LoadCodes<kind>(codes, code);
     }
+    __m512 level[2][4];
+    Levels<kind, 0>(w, table, code[0], level[0]);
+    Levels<kind, kFour ? 4 : 0>(w, table, code[1], level[1]);
     Each<4>([&](auto kk) ONNXQ_INLINE {
-      __m512 level[2] = {Levels<kind>(w, table, code[0], 8 * kk),
-                         Levels<kind>(w, table, code[1], 8 * kk + (kFour ? 4 : 0))};
+      __m512 a = level[0][kk];
+      __m512 b = level[1][kk];
       if (has_zeros) {
-        level[0] = _mm512_sub_ps(level[0], zero[0]);
-        level[1] = _mm512_sub_ps(level[1], zero[1]);
+        a = _mm512_sub_ps(a, zero[0]);
+        b = _mm512_sub_ps(b, zero[1]);
       }
-      use(kk, _mm512_mul_ps(level[0], scale[0]), _mm512_mul_ps(level[1], scale[1]));
+      use(kk, _mm512_mul_ps(a, scale[0]), _mm512_mul_ps(b, scale[1]));
     });
   }
 

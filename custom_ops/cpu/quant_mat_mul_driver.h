@@ -197,17 +197,17 @@ void FetchRows(const QuantProduct& p, int64_t column, int64_t width, int64_t row
 // chunk are multiplied: neither is in a cache when it is first touched.
 template <int panels>
 struct Fetch {
-  Fetch(const QuantProduct& p, int64_t first, int64_t step, int64_t tiles) {
+  Fetch(const QuantProduct& p, int64_t first, int64_t step, int64_t limit, int64_t tiles) {
     const QuantWeights& w = *p.weights;
     const bool more = step < w.steps;
     const int64_t all = (w.n + kPanel - 1) / kPanel;
     const int64_t from = more ? first : first + panels;
-    const int64_t steps = more ? std::min(w.steps - step, kChunkSteps) : kChunkSteps;
+    const int64_t steps = std::min(more ? w.steps - step : w.steps, limit);
     if (from + panels > all) return;
     for (int i = 0; i < panels; ++i) {
       codes[i] = w.codes + ((from + i) * w.steps + (more ? step : 0)) * w.code_bytes();
     }
-    bytes = std::min(steps, w.steps) * w.code_bytes();
+    bytes = steps * w.code_bytes();
     share = (bytes / tiles / kLine + 1) * kLine;
   }
 
@@ -258,7 +258,8 @@ void Int8BlockOf(const QuantProduct& p, int64_t first, int64_t row, int64_t rows
     tile.scales = block.scales;
     tile.top = w.top;
     tile.zeros = w.zero_points == nullptr ? nullptr : block.zeros;
-    Fetch<panels> fetch(p, first, step + steps, (rows + V::kInt8TileRows - 1) / V::kInt8TileRows);
+    Fetch<panels> fetch(p, first, step + steps, kChunkSteps,
+                        (rows + V::kInt8TileRows - 1) / V::kInt8TileRows);
     const bool ends = step + steps == w.steps;
     for (int64_t r = 0; r < rows; r += V::kInt8TileRows) {
       fetch.Next();
@@ -281,6 +282,8 @@ void FloatBlockOf(const QuantProduct& p, int64_t first, int64_t row, int64_t row
   constexpr int64_t kWidth = panels * kPanel;
   alignas(64) float sums[kBlockRows * kWidth];
   alignas(64) float weights[kFloatChunkSteps * 4 * kWidth];
+  const int64_t tiles = (rows + V::kTileRows - 1) / V::kTileRows;
+  const int64_t tile_rows = (rows + tiles - 1) / tiles;  // 8 rows as 4 and 4, not as 6 and 2
   std::memset(sums, 0, static_cast<size_t>(rows * kWidth) * sizeof(float));
   int64_t steps = 0;
   for (int64_t step = 0; step < w.steps; step += steps) {
@@ -297,10 +300,12 @@ void FloatBlockOf(const QuantProduct& p, int64_t first, int64_t row, int64_t row
     tile.x_stride = w.k;
     tile.weights = weights;
     tile.k = std::min(4 * (step + steps), w.k) - 4 * step;
-    for (int64_t r = 0; r < rows; r += V::kTileRows) {
+    Fetch<panels> fetch(p, first, step + steps, kFloatChunkSteps, tiles);
+    for (int64_t r = 0; r < rows; r += tile_rows) {
+      fetch.Next();
       tile.x = p.x + (row + r) * w.k + 4 * step;
       tile.sums = sums + r * kWidth;
-      RestOfRows<V, panels, V::kTileRows>(tile, std::min<int64_t>(V::kTileRows, rows - r));
+      RestOfRows<V, panels, V::kTileRows>(tile, std::min(tile_rows, rows - r));
     }
   }
   WriteRows<V>(p, sums, kWidth, first, row, rows);
