@@ -58,6 +58,7 @@ BUILTIN: Final[Mapping[str, Entry]] = {
         learn_rotation="LearnRotation",
         online_hadamard="OnlineHadamard",
         smooth_rot="SmoothRot",
+        clip_activation="ClipActivation",
         awq_scale="AwqScale",
         shift_scale="ShiftScale",
         equalize="Equalize",
