@@ -57,6 +57,32 @@ class QuantMatMul {
   PackedLinear linear_;
 };
 
+// The same with columns of outliers in float; see defs/dynamic_quant_mat_mul.py.
+template <ElementType type>
+class DynamicQuantMatMul {
+ public:
+  static constexpr const char* kName = "DynamicQuantMatMul";
+  // Those of QuantMatMul, and outliers.
+  static constexpr std::array<ElementType, 7> kInputs = {type,
+                                                         ElementType::kUint8,
+                                                         ElementType::kUndefined,
+                                                         ElementType::kInt8,
+                                                         ElementType::kFloat32,
+                                                         ElementType::kFloat32,
+                                                         ElementType::kInt64};
+  static constexpr std::array<ElementType, 1> kOutputs = {type};
+
+  static ort::OrtStatus* Create(const Api& api, const ort::OrtKernelInfo* info,
+                                DynamicQuantMatMul* kernel);
+  static ort::OrtStatus* InferShapes(const Api& api, ort::OrtShapeInferContext* context);
+  ort::OrtStatus* Compute(const Api& api, ort::OrtKernelContext* context) const;
+
+ private:
+  PackedLinear linear_;
+  const HadamardKernels* halves_ = nullptr;  // converts from and to halves
+  float threshold_ = 0;
+};
+
 // x: [..., K], core: [c, c] -> y: [..., K]; see defs/hadamard.py.
 template <ElementType type>
 class Hadamard {

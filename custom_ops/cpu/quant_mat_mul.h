@@ -104,6 +104,16 @@ struct QuantProduct {
   bool y_half;  // y is float16
 };
 
+// Some columns of activations times their rows of the weights.
+struct ColumnProduct {
+  const QuantWeights* weights;
+  const int64_t* columns;  // [count], each in [0, K)
+  int64_t count;
+  const float* x;  // [M, count]
+  int64_t m;
+  float* y;  // [M, N]
+};
+
 struct QuantMatMulKernels {
   // Group sums of one quantized row: out[g] = multiplier * sum of q over the group's steps.
   void (*group_sums)(const int8_t* q, const QuantWeights& weights, int32_t multiplier,
@@ -116,6 +126,8 @@ struct QuantMatMulKernels {
                      int64_t rows);
   void (*float_block)(const QuantProduct& product, int64_t first, int64_t last, int64_t row,
                       int64_t rows);
+  // y += x * weights over the columns of panels [first, last), one multiply-add after another.
+  void (*add_columns)(const ColumnProduct& product, int64_t first, int64_t last);
 };
 
 extern const QuantMatMulKernels kQuantMatMulScalar;

@@ -1,5 +1,6 @@
 // AVX2 and FMA: vectors of 8 columns; four k of a column are one 32-bit lane.
 #include "quant_mat_mul_codes_avx2.h"
+#include "quant_mat_mul_columns.h"
 
 namespace onnxq {
 namespace {

@@ -1,5 +1,6 @@
 // AVX-512 with VNNI: vectors of 16 columns; four k of a column are one 32-bit lane.
 #include "quant_mat_mul_codes_avx512.h"
+#include "quant_mat_mul_columns.h"
 
 namespace onnxq {
 namespace {

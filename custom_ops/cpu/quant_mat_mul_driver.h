@@ -378,9 +378,13 @@ void GroupSums(const int8_t* q, const QuantWeights& w, int32_t multiplier, int32
   }
 }
 
+// In quant_mat_mul_columns.h.
+template <class V>
+void AddColumns(const ColumnProduct& p, int64_t first, int64_t last);
+
 template <class V>
 constexpr QuantMatMulKernels KernelsOf() {
-  return {GroupSums, Int8Small<V>, FloatSmall<V>, Int8Block<V>, FloatBlock<V>};
+  return {GroupSums, Int8Small<V>, FloatSmall<V>, Int8Block<V>, FloatBlock<V>, AddColumns<V>};
 }
 
 }  // namespace

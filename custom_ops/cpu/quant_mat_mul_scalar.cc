@@ -73,17 +73,33 @@ float Int8Dot(const QuantProduct& p, int64_t row, int64_t column) {
   return sum * p.row_scale[row];
 }
 
+float FloatWeight(const QuantWeights& w, int64_t column, int64_t k) {
+  const int64_t at = GroupIndex(w, column, k / (4 * w.group_steps));
+  float level = FloatLevel(w, CodeAt(w, column, k));
+  if (w.zero_points != nullptr) level -= static_cast<float>(w.zero_points[at]);
+  return level * (ScaleAt(w.scale_type, w.scales, at) * w.factor);
+}
+
 float FloatDot(const QuantProduct& p, int64_t row, int64_t column) {
   const QuantWeights& w = *p.weights;
   float sum = 0;
   for (int64_t k = 0; k < w.k; ++k) {
-    const int64_t at = GroupIndex(w, column, k / (4 * w.group_steps));
-    float level = FloatLevel(w, CodeAt(w, column, k));
-    if (w.zero_points != nullptr) level -= static_cast<float>(w.zero_points[at]);
-    const float weight = level * (ScaleAt(w.scale_type, w.scales, at) * w.factor);
-    sum = std::fma(p.x[row * w.k + k], weight, sum);
+    sum = std::fma(p.x[row * w.k + k], FloatWeight(w, column, k), sum);
   }
   return sum;
+}
+
+void AddColumns(const ColumnProduct& p, int64_t first, int64_t last) {
+  const QuantWeights& w = *p.weights;
+  for (int64_t c = first * kPanel; c < std::min(last * kPanel, w.n); ++c) {
+    for (int64_t i = 0; i < p.count; ++i) {
+      const float weight = FloatWeight(w, c, p.columns[i]);
+      for (int64_t m = 0; m < p.m; ++m) {
+        float* y = p.y + m * w.n + c;
+        *y = std::fma(p.x[m * p.count + i], weight, *y);
+      }
+    }
+  }
 }
 
 template <float (*dot)(const QuantProduct&, int64_t, int64_t)>
@@ -108,7 +124,7 @@ void Small(const QuantProduct& p, int64_t first, int64_t last) {
 
 }  // namespace
 
-const QuantMatMulKernels kQuantMatMulScalar = {GroupSums, Small<Int8Dot>, Small<FloatDot>,
-                                               Block<Int8Dot>, Block<FloatDot>};
+const QuantMatMulKernels kQuantMatMulScalar = {GroupSums,      Small<Int8Dot>,  Small<FloatDot>,
+                                               Block<Int8Dot>, Block<FloatDot>, AddColumns};
 
 }  // namespace onnxq

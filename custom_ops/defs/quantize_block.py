@@ -267,7 +267,8 @@ def _scales(amax: Array, largest: np.float32, rule: int, factor: np.float32) -> 
     exponent = np.frexp(least)[1] - np.frexp(largest)[1]
     if rule == SCALE_E8M0_CEIL:
         exponent = exponent + (least > np.ldexp(largest, exponent))
-    return np.ldexp(np.float32(1), np.clip(exponent, -127, 127)).astype(np.float32)
+    scale: Array = np.ldexp(np.float32(1), np.clip(exponent, -127, 127))
+    return scale.astype(np.float32)
 
 
 def round_element(a: Array, mantissa: int, min_exponent: int, largest: float) -> Array:

@@ -16,10 +16,10 @@ import onnx_ir as ir
 
 from onnxq import custom_ops
 from onnxq.custom_ops.block_format import block_attributes
-from onnxq.custom_ops.defs import hadamard, quant_mat_mul
 from onnxq.custom_ops.packed_weight import PackedWeight, pack_weight
 from onnxq.formats import Granularity, parse_format
 from onnxq.solvers.hadamard import hadamard_matrix
+from tests.custom_ops import exact
 
 Array = np.ndarray[Any, Any]
 Inputs = dict[str, Array]
@@ -205,6 +205,35 @@ def _quant_mat_mul(dtype: str) -> Iterator[Case]:
     yield Case("large", {"x": x}, packed.inputs, packed.attributes)
 
 
+def _dynamic_quant_mat_mul(dtype: str) -> Iterator[Case]:
+    rng = np.random.default_rng(19)
+
+    def case(name: str, kind: str, shape: tuple[int, ...], n: int, named: list[int],
+             threshold: float, *, every_opset: bool = False) -> Case:  # fmt: skip
+        packed = quantized_weight(kind, n, shape[-1], 32, int8_activations=True, rng=rng)
+        x = rng.normal(size=shape)
+        x[..., rng.integers(shape[-1], size=3)] *= 11
+        constants = {**packed.inputs, "outliers": np.array(named, np.int64)}
+        attributes = {**packed.attributes, "threshold": threshold}
+        return Case(name, {"x": x.astype(dtype)}, constants, attributes, every_opset)
+
+    for number, (m, k, n, _) in enumerate(_PRODUCTS):
+        kind = ("int8", "uint8", "int4", "mxint8", "nvfp4", "int3", "binary")[number % 7]
+        yield case(f"{kind} [{m}, {k}] x {n}, none", kind, (m, k), n, [], 0.0, every_opset=m == 4)
+        named = [int(i) for i in rng.integers(k, size=number)]
+        found = number % 2
+        yield case(f"{kind} [{m}, {k}] x {n}", kind, (m, k), n, named, 4.0 * found)
+    for shape in ((200,), (0, 200), (2, 0, 200), (2, 3, 200)):
+        yield case(f"{shape}", "int8", shape, 70, [7, 199], 6.0)
+    yield case("all columns", "uint8", (9, 130), 33, list(range(130)), 6.0)
+    for threshold in (0.0, 6.0):
+        edges = case(f"edges {threshold}", "int8", (9, 96), 40, [5], threshold)
+        x = edges.inputs["x"]
+        x[2, 3], x[5, 0], x[7], x[1, 5], x[4, 9] = np.nan, np.inf, 0, np.nan, 6
+        yield edges
+    yield case("large", "int8", (150, 288), 300, [3, 77], 6.0)
+
+
 # K, block, order of the core: around vectors of 8 and 16, each kind of core, some blocks.
 _HADAMARDS = (
     (1, 1, 1), (2, 2, 1), (4, 4, 1), (8, 8, 1), (16, 16, 1), (32, 32, 1), (64, 16, 1), (96, 32, 1),
@@ -276,6 +305,7 @@ def _quantize_block(dtype: str) -> Iterator[Case]:
 
 
 CASES: dict[str, Callable[[str], Iterator[Case]]] = {
+    "DynamicQuantMatMul": _dynamic_quant_mat_mul,
     "DynamicQuantizePerToken": _per_token,
     "Hadamard": _hadamard,
     "QuantMatMul": _quant_mat_mul,
@@ -311,57 +341,16 @@ def agrees(op_name: str, case: Case, got: Sequence[Array], *, kernel: bool) -> b
         return False
     if kernel:
         return same_numbers(got[0], expected[0])
-    exact, budget = _EXACT[op_name](case)
+    expect, budget = _EXACT[op_name]({**case.inputs, **case.constants}, case.attributes)
     with np.errstate(all="ignore"):
-        close = np.abs(got[0].astype(np.float64) - exact) <= budget
+        close = np.abs(got[0].astype(np.float64) - expect) <= budget
     return bool((close | ~np.isfinite(budget) | ~np.isfinite(got[0])).all())
 
 
-def quant_mat_mul_exact(case: Case) -> tuple[Array, Array]:
-    """The product in float64 and how far from it a result may lie."""
-    arrays, a = {**case.inputs, **case.constants}, case.attributes
-    level, scale = quant_mat_mul.weight_parts(
-        *(arrays[name] for name in ("codes", "scales", "zero_points", "levels")),
-        a["K"], a["N"], a["group"], a["exponent_scales"],
-    )  # fmt: skip
-    wide = np.repeat(scale.astype(np.float64), int(a["group"]), axis=1)[:, : int(a["K"])]
-    weight = level.astype(np.float64) * wide * np.float32(a["factor"])
-    x = arrays["x"].astype(np.float64)
-    with np.errstate(all="ignore"):
-        if a["int8_activations"]:
-            q, row = custom_ops.get("DynamicQuantizePerToken").reference(arrays["x"])
-            x = q.astype(np.float64) * row
-        exact = x @ weight.T + arrays["bias"]
-        size = np.abs(x) @ np.abs(weight.T) + np.abs(arrays["bias"])
-        budget = quant_mat_mul.ERROR_BUDGET * (4 + np.sqrt(a["K"])) * size
-        if arrays["x"].dtype == np.float16:
-            budget = budget * (1 + 2.0**-10) + np.abs(exact) * 2.0**-11 + 2.0**-25
-            exact = np.where(np.abs(exact) > 65519, np.inf, exact)
-    return exact, budget
-
-
-def hadamard_exact(case: Case) -> tuple[Array, Array]:
-    """The transform by the dense matrix in float64, and how far from it a result may lie."""
-    x, core = case.inputs["x"], case.constants["core"]
-    block, scale = int(case.attributes["block"]), float(np.float32(case.attributes["scale"]))
-    matrix = core.astype(np.float64)
-    while len(matrix) < block:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    rows = x.astype(np.float64).reshape(-1, block)
-    with np.errstate(all="ignore"):
-        exact = (rows @ matrix * scale).reshape(x.shape)
-        size = np.abs(rows).sum(axis=1, keepdims=True) * abs(scale)
-        budget = hadamard.ERROR_BUDGET * (2 + math.sqrt(block)) * size + 0 * rows
-        budget = budget.reshape(x.shape) + 2.0**-150
-        if x.dtype == np.float16:
-            budget = budget * (1 + 2.0**-10) + np.abs(exact) * 2.0**-11 + 2.0**-25
-            exact = np.where(np.abs(exact) > 65519, np.inf, exact)
-    return exact, budget
-
-
-_EXACT: dict[str, Callable[[Case], tuple[Array, Array]]] = {
-    "Hadamard": hadamard_exact,
-    "QuantMatMul": quant_mat_mul_exact,
+_EXACT: dict[str, Callable[[Inputs, Mapping[str, Any]], tuple[Array, Array]]] = {
+    "DynamicQuantMatMul": exact.dynamic_quant_mat_mul,
+    "Hadamard": exact.hadamard,
+    "QuantMatMul": exact.quant_mat_mul,
 }
 
 
@@ -383,10 +372,17 @@ def random_case(op_name: str, dtype: str, rng: np.random.Generator) -> Case:
     m, k, n = (int(rng.integers(low, high)) for low, high in ((0, 20), (1, 700), (1, 140)))
     kind = str(rng.choice(_WEIGHTS))
     group = int(rng.choice([16, 20, 32, 64, 128, 512, 1024]))
-    int8 = takes_int8(kind) and bool(rng.integers(2))
+    outliers = op_name == "DynamicQuantMatMul"
+    if outliers:
+        kind = str(rng.choice([kind for kind in _WEIGHTS if takes_int8(kind)]))
+    int8 = takes_int8(kind) and (outliers or bool(rng.integers(2)))
     packed = quantized_weight(kind, n, k, group, int8_activations=int8, rng=rng)
     x = (rng.normal(size=(m, k)) * math.pow(10.0, rng.uniform(-5, 2))).astype(dtype)
-    return Case(f"{kind} {m} {k} {n} {group} {int8}", {"x": x}, packed.inputs, packed.attributes)
+    constants, attributes = dict(packed.inputs), dict(packed.attributes)
+    if outliers:
+        constants["outliers"] = rng.integers(k, size=rng.integers(0, 9))
+        attributes["threshold"] = float(rng.choice([0.0, np.abs(x).max(initial=1) / 2]))
+    return Case(f"{kind} {m} {k} {n} {group} {int8}", {"x": x}, constants, attributes)
 
 
 def random_input(dtype: str, rng: np.random.Generator) -> Array:

@@ -1,0 +1,79 @@
+"""Results in float64, and how far from them an operator's error budget lets a result lie."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from onnxq import custom_ops
+from onnxq.custom_ops.defs import hadamard as hadamard_definition
+from onnxq.custom_ops.defs import quant_mat_mul as definition
+from onnxq.custom_ops.defs.dynamic_quant_mat_mul import outlier_columns
+
+Array = np.ndarray[Any, Any]
+Arrays = dict[str, Array]
+Attributes = Mapping[str, Any]
+
+
+def quant_mat_mul(arrays: Arrays, a: Attributes) -> tuple[Array, Array]:
+    """The product in float64 and how far from it a result may lie."""
+    level, scale = definition.weight_parts(
+        *(arrays[name] for name in ("codes", "scales", "zero_points", "levels")),
+        a["K"], a["N"], a["group"], a["exponent_scales"],
+    )  # fmt: skip
+    wide = np.repeat(scale.astype(np.float64), int(a["group"]), axis=1)[:, : int(a["K"])]
+    weight = level.astype(np.float64) * wide * np.float32(a["factor"])
+    x = arrays["x"].astype(np.float64)
+    with np.errstate(all="ignore"):
+        if a["int8_activations"]:
+            q, row = custom_ops.get("DynamicQuantizePerToken").reference(arrays["x"])
+            x = q.astype(np.float64) * row
+        exact = x @ weight.T + arrays["bias"]
+        size = np.abs(x) @ np.abs(weight.T) + np.abs(arrays["bias"])
+        budget = definition.ERROR_BUDGET * (4 + np.sqrt(a["K"])) * size
+        if arrays["x"].dtype == np.float16:
+            budget = budget * (1 + 2.0**-10) + np.abs(exact) * 2.0**-11 + 2.0**-25
+            exact = np.where(np.abs(exact) > 65519, np.inf, exact)
+    return exact, budget
+
+
+def hadamard(arrays: Arrays, a: Attributes) -> tuple[Array, Array]:
+    """The transform by the dense matrix in float64, and how far from it a result may lie."""
+    x, core = arrays["x"], arrays["core"]
+    block, scale = int(a["block"]), float(np.float32(a["scale"]))
+    matrix = core.astype(np.float64)
+    while len(matrix) < block:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    rows = x.astype(np.float64).reshape(-1, block)
+    with np.errstate(all="ignore"):
+        exact = (rows @ matrix * scale).reshape(x.shape)
+        size = np.abs(rows).sum(axis=1, keepdims=True) * abs(scale)
+        budget = hadamard_definition.ERROR_BUDGET * (2 + math.sqrt(block)) * size + 0 * rows
+        budget = budget.reshape(x.shape) + 2.0**-150
+        if x.dtype == np.float16:
+            budget = budget * (1 + 2.0**-10) + np.abs(exact) * 2.0**-11 + 2.0**-25
+            exact = np.where(np.abs(exact) > 65519, np.inf, exact)
+    return exact, budget
+
+
+def dynamic_quant_mat_mul(arrays: Arrays, a: Attributes) -> tuple[Array, Array]:
+    """The same two products in float64, and how far from them a result may lie."""
+    x = arrays["x"]
+    wide = x.astype(np.float32)
+    flat = wide.reshape(-1, x.shape[-1])
+    columns = outlier_columns(flat, arrays["outliers"], a["threshold"])
+    inner, outer = wide.copy(), np.zeros(x.shape, np.float32)
+    outer[..., columns] = wide[..., columns]
+    inner[..., columns] = 0
+    most, budget = quant_mat_mul({**arrays, "x": inner}, a)
+    no_bias = {**arrays, "x": outer, "bias": np.zeros(1, np.float32)}
+    rest, more = quant_mat_mul(no_bias, {**a, "int8_activations": 0})
+    with np.errstate(all="ignore"):
+        exact, budget = most + rest, budget + more
+        if x.dtype == np.float16:
+            budget = budget * (1 + 2.0**-10) + np.abs(exact) * 2.0**-11 + 2.0**-25
+            exact = np.where(np.abs(exact) > 65519, np.inf, exact)
+    return exact, budget
