@@ -49,6 +49,9 @@ class Rotation:
 
 # Construction ---------------------------------------------------------------------------------
 
+MAX_CORE = 1 << 12
+"""Largest order that is made without doubling; its field's table has as many squared entries."""
+
 
 def hadamard_matrix(n: int) -> Signs:
     """A Hadamard matrix of order n, ``[n, n]`` int8 of +1 and -1.
@@ -94,6 +97,8 @@ def _factors_or_none(n: int) -> tuple[int, int] | None:
     if odd == 1:
         return 1, twos
     for used in range(2, twos + 1):
+        if odd << used > MAX_CORE:
+            return None
         if _rule(odd << used) is not None:
             return odd << used, twos - used
     return None

@@ -62,3 +62,8 @@ def test_random_rotations(order: int) -> None:
     np.testing.assert_allclose(fixed @ fixed.T, identity, atol=1e-12)
     np.testing.assert_allclose(fixed @ np.ones(order), 1, atol=1e-12)
     np.testing.assert_array_equal(fixing_ones(identity), identity)
+
+
+def test_orders_beyond_every_layer_are_answered_at_once() -> None:
+    assert has_hadamard(1 << 40)
+    assert not has_hadamard(12345678910111213 * 4)
