@@ -5,13 +5,14 @@ The text is tokenized once, as a whole and without special tokens, and cut into 
 Every token is predicted once: in the first window that holds it, from the tokens before it in that
 window. The first token of a window has nothing before it and is not predicted, unless the window
 begins with BOS, which counts as one of the ``window`` tokens. With ``stride < window`` later tokens
-of the overlap serve as context only.
+of the overlap serve as context only. With ``decode`` a window goes through the key/value cache, so
+many tokens a step: then a quantized cache shows in the figure.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -22,6 +23,7 @@ from onnxq.errors import DataError, SpecError
 from onnxq.evaluation.base import (
     Array,
     EvalResult,
+    Session,
     Setting,
     Task,
     input_specs,
@@ -30,6 +32,7 @@ from onnxq.evaluation.base import (
     require_finite,
     run_session,
 )
+from onnxq.evaluation.decode import CachedDecoder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -55,6 +58,7 @@ class Perplexity(Task):
         stride: tokens from one window to the next; 0: windows do not overlap.
         bos: ``auto`` begins a window with BOS where the tokenizer does so, ``true`` insists on
             one, ``false`` leaves it out.
+        decode: tokens a step, with a key/value cache; 0: a window at once.
     """
 
     name: ClassVar[str] = "perplexity"
@@ -66,6 +70,7 @@ class Perplexity(Task):
     window: int = 512
     stride: int = 0
     bos: str = "auto"
+    decode: int = 0
 
     def __post_init__(self) -> None:
         if self.bos not in ("auto", "true", "false"):
@@ -76,6 +81,8 @@ class Perplexity(Task):
                 f"window={self.window}, stride={self.stride}",
                 "window is at least 2, and 0 <= stride <= window",
             )
+        if self.decode < 0:
+            raise SpecError("SPEC-EVAL-OPTION", f"decode={self.decode}", "decode is 0 or more")
 
     def run(self, setting: Setting) -> EvalResult:
         """Perplexity, with the mean negative log-likelihood in nats in the details."""
@@ -90,15 +97,11 @@ class Perplexity(Task):
                 f"set window to {max(2, len(ids))} or less, or give a longer text",
             )
         windows = setting.limited(windows)
-        specs = input_specs(setting.session)
-        output = pick_output(setting.session, ("logits",), (3,))
+        logits_of = self._runner(setting.session)
         total, count = 0.0, 0
         for batch in setting.batches(windows):
             tokens = np.asarray([window.ids for window in batch], dtype=np.int64)
-            feeds = token_feeds(
-                TokenBatch(tokens, np.ones_like(tokens), np.zeros_like(tokens)), specs
-            )
-            (logits,) = run_session(setting.session, [output], feeds)
+            logits = logits_of(tokens)
             _check_vocabulary(logits, tokenizer)
             for row, window in zip(logits, batch, strict=True):
                 targets = window.ids[window.first :]
@@ -111,8 +114,23 @@ class Perplexity(Task):
             "window": self.window,
             "stride": self.stride or self.window,
             "bos": bool(prefix),
+            "decode": self.decode,
         }
         return EvalResult(self.name, "perplexity", math.exp(mean), count, details)
+
+    def _runner(self, session: Session) -> Callable[[Array], Array]:
+        """Ids ``[N, S]`` to logits ``[N, S, V]``: at once, or in steps through the cache."""
+        if self.decode:
+            decoder = CachedDecoder(session)
+            return lambda tokens: decoder.run(tokens, self.decode)
+        specs = input_specs(session)
+        output = pick_output(session, ("logits",), (3,))
+
+        def run(tokens: Array) -> Array:
+            batch = TokenBatch(tokens, np.ones_like(tokens), np.zeros_like(tokens))
+            return run_session(session, [output], token_feeds(batch, specs))[0]
+
+        return run
 
     def _prefix(self, tokenizer: Tokenizer) -> list[int]:
         """The special tokens in front of a text, or none."""

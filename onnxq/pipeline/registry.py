@@ -77,7 +77,7 @@ BUILTIN: Final[Mapping[str, Entry]] = {
     **_builtin(
         "weights", sequential="Sequential", gptq="Gptq", gpfq="Gpfq", opt_rtn="OptRtn", hqq="Hqq"
     ),
-    **_builtin("lower", pack="Pack", qdq="Qdq"),
+    **_builtin("lower", pack="Pack", qdq="Qdq", quantize_kv="QuantizeKv"),
 }
 
 

@@ -19,6 +19,7 @@ import onnx
 from onnxq.errors import DataError
 from onnxq.graph.check import walk_tensors
 from onnxq.graph.tensors import Streamed, placeholders, skeleton
+from onnxq.runtime.caches import with_empty_caches
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -150,9 +151,8 @@ def run_samples(
         DataError: ``DATA-ORT-RUN``: onnxruntime failed on a sample.
     """
     names = [o.name for o in session.get_outputs()]
-    wanted = {i.name for i in session.get_inputs()}
     for number, sample in enumerate(samples):
-        feeds = {name: array for name, array in sample.items() if name in wanted}
+        feeds = with_empty_caches(session, sample)
         try:
             values: Sequence[Any] = session.run(names, feeds)
         except Exception as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,3 +129,23 @@ def test_smollm2_has_the_recorded_perplexity(shared, tmp_path):
     assert short.n == 4 * 255
     long = evaluate(session, "perplexity", text, tokenizer=tokenizer, window=512, limit=16)
     assert long.value == pytest.approx(36.64, abs=0.01)
+
+
+def test_steps_through_the_cache_give_the_perplexity_of_whole_windows(tmp_path):
+    """stories260k with a cache: one token a step, three tokens a step, all at once."""
+    root = Path(os.environ.get("ONNXQ_SHARED", Path(__file__).parents[2].parent / "shared"))
+    folder = root / "data" / "stories260k"
+    if not folder.is_dir():
+        pytest.skip("the shared data folder is absent (set ONNXQ_SHARED)")
+    path = tmp_path / "m.onnx"
+    models.build("stories260k", path, checkpoint=folder, kv_cache=True)
+    text = next(folder.glob("*.txt"))
+    found = {
+        steps: evaluate(
+            path, "perplexity", text, tokenizer=tmp_path / "m.tokenizer.json", limit=1, window=40,
+            decode=steps,
+        ).value
+        for steps in (0, 1, 3)
+    }  # fmt: skip
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert found[3] == pytest.approx(found[0], rel=1e-5)
