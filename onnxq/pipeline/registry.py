@@ -59,6 +59,7 @@ BUILTIN: Final[Mapping[str, Entry]] = {
         online_hadamard="OnlineHadamard",
         smooth_rot="SmoothRot",
         clip_activation="ClipActivation",
+        prefix_tokens="PrefixTokens",
         awq_scale="AwqScale",
         shift_scale="ShiftScale",
         equalize="Equalize",

@@ -5,8 +5,8 @@ alpha, small values keep their codes::
 
     y = min(f(x), alpha)
 
-alpha is a fixed number (10 is Wu et al.'s "GELU10", arXiv 2004.09602), or comes from the statistics
-by the range rule of ``calibrate``, in place of PACT's trained values (arXiv 1805.06085). The function
+alpha is a fixed number (10: "GELU10", Wu et al., arXiv 2004.09602), or comes from the statistics by
+the range rule of ``calibrate``, in place of PACT's trained values (arXiv 1805.06085). The function
 changes where the bound bites, so ranges are taken again behind the pass.
 """
 
