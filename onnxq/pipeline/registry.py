@@ -60,6 +60,7 @@ BUILTIN: Final[Mapping[str, Entry]] = {
         smooth_rot="SmoothRot",
         clip_activation="ClipActivation",
         prefix_tokens="PrefixTokens",
+        low_rank_split="LowRankSplit",
         awq_scale="AwqScale",
         shift_scale="ShiftScale",
         equalize="Equalize",
