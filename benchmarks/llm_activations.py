@@ -5,6 +5,7 @@
     python benchmarks/llm_activations.py --cases naive,best         some of the rows
     python benchmarks/llm_activations.py --cache FOLDER             keep rows; go on where it ended
     python benchmarks/llm_activations.py --seeds 8                  learned against random rotations
+    python benchmarks/llm_activations.py --speed                    transforms alone, not quantized
     python benchmarks/llm_activations.py --model smollm2.onnx       a model that is built already
 
 SmolLM2-135M-Instruct, perplexity over windows of 512 tokens of the given half of WikiText-2 test,
@@ -390,6 +391,20 @@ def seed_cases(count: int) -> list[Case]:
     return [*cases, Case("learned-0", "learned from seed 0", SEED_PASSES, "learned-0", "w4a4")]
 
 
+def print_speed(setup: Setup, rounds: int) -> None:
+    """CPU time of transformed models, not yet quantized, beside the original's, interleaved."""
+    paths = {"original": setup.source}
+    for name in ("rotate", "smooth-rotate", "smooth-quarot"):
+        paths[name], _ = transformed(setup, TRANSFORMS[name])
+    ids = windows_of(setup, setup.text, 1)[0][:, :128]
+    found = common.time_models(paths, {"input_ids": ids}, setup.threads, rounds, "original")
+    for name, timing in found.items():
+        print(
+            f"{name}: {timing.cpu_ms:.1f} ms of processor time for {ids.shape[1]} tokens, "
+            f"{100 * timing.cpu_speedup:.1f} % of the original's speed"
+        )
+
+
 def print_seeds(rows: Sequence[Row]) -> None:
     """Mean, spread and extremes of the random rotations, and the learned one."""
     found = [r.figures["perplexity"] for r in rows if r.name.startswith("random")]
@@ -474,6 +489,9 @@ def main() -> None:
     cases = seed_cases(options.seeds) if options.seeds else chosen(options)
     with common.workspace() as folder:
         setup = setup_of(options, folder)
+        if options.speed:
+            print_speed(setup, rounds=3 if options.quick else 15)
+            return
         rows = []
         for row in measure(setup, cases):
             rows.append(row)
