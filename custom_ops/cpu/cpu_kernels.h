@@ -118,7 +118,7 @@ class QuantizeBlock {
 
  private:
   using T = std::conditional_t<type == ElementType::kFloat16, uint16_t, float>;
-  QuantizeBlocks blocks_ = nullptr;
+  QuantizeRow row_ = nullptr;
   const HadamardKernels* halves_ = nullptr;  // converts from and to halves
   Allocator allocator_;
   int64_t block_ = 0;

@@ -30,19 +30,27 @@ ort::OrtStatus* ReadFormat(const Api& api, const ort::OrtKernelInfo* info, int64
   for (const auto& [name, value] : integers) {
     ONNXQ_RETURN_IF_ERROR(api.KernelInfoGetAttribute_int64(info, name, value));
   }
-  ONNXQ_RETURN_IF_ERROR(api.KernelInfoGetAttribute_float(info, "largest", &format->largest));
-  ONNXQ_RETURN_IF_ERROR(api.KernelInfoGetAttribute_float(info, "factor", &format->factor));
+  const std::pair<const char*, float*> floats[] = {{"lowest", &format->lowest},
+                                                   {"largest", &format->largest},
+                                                   {"factor", &format->factor},
+                                                   {"clip", &format->clip}};
+  for (const auto& [name, value] : floats) {
+    ONNXQ_RETURN_IF_ERROR(api.KernelInfoGetAttribute_float(info, name, value));
+  }
   const auto refuse = [&](const std::string& cause) { return Error(api, kName, cause); };
   if (*block < 0) return refuse("block = " + std::to_string(*block) + " is below 0");
-  if (mantissa < 0 || mantissa > 10)
-    return refuse("mantissa = " + std::to_string(mantissa) + " is not in 0 to 10");
+  if (mantissa < 0 || mantissa > 15)
+    return refuse("mantissa = " + std::to_string(mantissa) + " is not in 0 to 15");
   if (min_exponent < -30 || min_exponent > 15)
     return refuse("min_exponent = " + std::to_string(min_exponent) + " is not in -30 to 15");
   if (scale < 0 || scale > 3) return refuse("scale = " + std::to_string(scale) + " is not 0 to 3");
   if (!(format->largest > 0 && format->largest <= 65536))
     return refuse("largest is not in (0, 65536]");
-  if (!(format->factor > 0 && std::isfinite(format->factor)))
-    return refuse("factor is not a positive number");
+  if (!(-format->lowest > 0 && -format->lowest <= 65536))
+    return refuse("lowest is not in [-65536, 0)");
+  if (!(format->factor >= 0 && std::isfinite(format->factor)))
+    return refuse("factor is negative or not finite");
+  if (!(format->clip > 0 && format->clip <= 1)) return refuse("clip is not in (0, 1]");
   format->mantissa = static_cast<int32_t>(mantissa);
   format->min_exponent = static_cast<int32_t>(min_exponent);
   format->scale = static_cast<BlockScale>(scale);
@@ -51,17 +59,17 @@ ort::OrtStatus* ReadFormat(const Api& api, const ort::OrtKernelInfo* info, int64
 
 }  // namespace
 
-QuantizeBlocks QuantizeBlocksFor(Isa isa) {
+QuantizeRow QuantizeRowFor(Isa isa) {
   switch (isa) {
 #if defined(__x86_64__)
     case Isa::kAvx512vnni:
     case Isa::kAvx512bw:
-      return QuantizeBlocksAvx512bw;
+      return QuantizeRowAvx512bw;
     case Isa::kAvx2:
-      return QuantizeBlocksAvx2;
+      return QuantizeRowAvx2;
 #endif
     default:
-      return QuantizeBlocksScalar;
+      return QuantizeRowScalar;
   }
 }
 
@@ -71,7 +79,7 @@ ort::OrtStatus* QuantizeBlock<type>::Create(const Api& api, const ort::OrtKernel
   Isa isa;
   std::string error;
   if (!SelectIsa(&isa, &error)) return Error(api, kName, error);
-  kernel->blocks_ = QuantizeBlocksFor(isa);
+  kernel->row_ = QuantizeRowFor(isa);
   kernel->halves_ = HadamardKernelsFor(isa);
   ONNXQ_RETURN_IF_ERROR(ReadFormat(api, info, &kernel->block_, &kernel->format_));
   return GetAllocator(api, info, &kernel->allocator_);
@@ -114,11 +122,11 @@ ort::OrtStatus* QuantizeBlock<type>::Compute(const Api& api, ort::OrtKernelConte
       if constexpr (type == ElementType::kFloat16) {
         float* wide = scratch.Get<float>(at) + row * k;
         halves_->widen(from + row * k, k, wide);
-        blocks_(wide, k, block, format_);
+        row_(wide, k, block, format_);
         halves_->narrow(wide, k, to + row * k);
       } else {
         std::memcpy(to + row * k, from + row * k, static_cast<size_t>(k) * sizeof(float));
-        blocks_(to + row * k, k, block, format_);
+        row_(to + row * k, k, block, format_);
       }
     }
   });

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -14,6 +15,7 @@ namespace onnxq {
 
 static constexpr int32_t kExponentBias = 127;
 static constexpr int32_t kFractionBits = 23;
+static constexpr float kE4M3Max = 448;
 
 // Exponent of a magnitude; that of subnormals counts as -127.
 static inline int32_t ExponentOf(float magnitude) {
@@ -38,9 +40,9 @@ static inline float RoundElement(float magnitude, int32_t mantissa, int32_t min_
 static inline int32_t FloorLog2(float x) { return std::ilogb(x); }
 
 static float ScaleOfBlock(float amax, const BlockFormat& f) {
-  if (f.scale == BlockScale::kFloat) return std::max(amax, f.largest * 0x1p-126F) / f.largest;
+  if (f.scale == BlockScale::kFloat) return std::max(amax * f.clip / f.largest, FLT_MIN);
   if (f.scale == BlockScale::kE4M3) {
-    return RoundElement(amax / f.largest / f.factor, 3, -6, 448.0F) * f.factor;
+    return RoundElement(amax / f.largest / f.factor, 3, -6, kE4M3Max) * f.factor;
   }
   const float least = std::max(amax, 0x1p-149F);
   int32_t exponent = FloorLog2(least) - FloorLog2(f.largest);
@@ -48,16 +50,22 @@ static float ScaleOfBlock(float amax, const BlockFormat& f) {
   return std::ldexp(1.0F, std::clamp(exponent, -127, 127));
 }
 
-static void QuantizeOneBlock(float* x, int64_t count, const BlockFormat& f) {
-  int32_t most = 0;  // magnitudes order as their bits do
+// The largest magnitude, as bits: those of infinities and NaN lie above all numbers.
+static uint32_t MostBits(const float* x, int64_t count) {
+  int32_t most = 0;
   for (int64_t i = 0; i < count; ++i) {
     most = std::max(most, static_cast<int32_t>(AbsBits(x[i])));
   }
-  if (static_cast<uint32_t>(most) >= kInfinityBits) {
+  return static_cast<uint32_t>(most);
+}
+
+static void QuantizeOneBlock(float* x, int64_t count, const BlockFormat& f) {
+  const uint32_t most = MostBits(x, count);
+  if (most >= kInfinityBits) {
     std::fill_n(x, count, std::numeric_limits<float>::quiet_NaN());
     return;
   }
-  const float scale = ScaleOfBlock(FloatFromBits(static_cast<uint32_t>(most)), f);
+  const float scale = ScaleOfBlock(FloatFromBits(most), f);
   if (!(scale > 0)) {
     std::fill_n(x, count, 0.0F);
     return;
@@ -65,15 +73,30 @@ static void QuantizeOneBlock(float* x, int64_t count, const BlockFormat& f) {
   const int32_t mantissa = f.mantissa;
   const int32_t min_exponent = f.min_exponent;
   const float largest = f.largest;
+  const float bottom = -f.lowest;
   for (int64_t i = 0; i < count; ++i) {
-    const float rounded = RoundElement(std::fabs(x[i]) / scale, mantissa, min_exponent, largest);
+    const float limit = x[i] < 0 ? bottom : largest;
+    const float rounded = RoundElement(std::fabs(x[i]) / scale, mantissa, min_exponent, limit);
     x[i] = ((x[i] < 0 ? -rounded : rounded) + 0.0F) * scale;  // no -0
   }
 }
 
-static void QuantizeAllBlocks(float* x, int64_t count, int64_t block, const BlockFormat& format) {
+// The largest magnitude among the blocks of the row without NaN and infinities, over the reach of
+// E4M3 scales.
+static float FactorOfRow(const float* x, int64_t count, int64_t block, float largest) {
+  uint32_t most = 0;
   for (int64_t i = 0; i < count; i += block) {
-    QuantizeOneBlock(x + i, std::min(block, count - i), format);
+    const uint32_t bits = MostBits(x + i, std::min(block, count - i));
+    if (bits < kInfinityBits) most = std::max(most, bits);
+  }
+  return std::max(FloatFromBits(most) / (largest * kE4M3Max), FLT_MIN);
+}
+
+static void QuantizeBlocksOfRow(float* x, int64_t count, int64_t block, const BlockFormat& format) {
+  BlockFormat f = format;
+  if (f.factor == 0) f.factor = FactorOfRow(x, count, block, f.largest);
+  for (int64_t i = 0; i < count; i += block) {
+    QuantizeOneBlock(x + i, std::min(block, count - i), f);
   }
 }
 

@@ -3,8 +3,8 @@
 
 namespace onnxq {
 
-void QuantizeBlocksScalar(float* x, int64_t count, int64_t block, const BlockFormat& format) {
-  QuantizeAllBlocks(x, count, block, format);
+void QuantizeRowScalar(float* x, int64_t count, int64_t block, const BlockFormat& format) {
+  QuantizeBlocksOfRow(x, count, block, format);
 }
 
 }  // namespace onnxq

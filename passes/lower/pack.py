@@ -9,34 +9,42 @@ mode           activations
 =============  ==================================================================================
 weight-only    as ``activations`` says: rounded to INT8, one scale a token, or float
 dynamic        rounded to INT8, one scale a token
-per-token      rounded to INT8, one scale a token; other formats are left for ``qdq``
+per-token      rounded to INT8 inside of the product, or by ``QuantizeBlock`` in front of it
 static         none: their ranges are fixed, ``qdq`` performs them
 =============  ==================================================================================
+
+With ``outliers`` the product is ``DynamicQuantMatMul``: columns of activations that reach so far
+stay float (LLM.int8()).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeGuard
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxq import custom_ops
 from onnxq.custom_ops.packed_weight import PackedWeight, integer_levels, pack_table, takes_int8
-from onnxq.errors import InternalError, UnsupportedError
+from onnxq.errors import InternalError, SpecError, UnsupportedError
 from onnxq.formats import IntFormat, parse_format
 from onnxq.graph.edit import Names, add_initializer, insert_before, remove_dead, replace_value
 from onnxq.graph.match import Linear, analyze
 from onnxq.passes.contract import Context, Pass, PassReport
 from onnxq.passes.keys import PLAN, ROUNDED, STATISTICS
+from onnxq.passes.lower.activations import ActivationRounding
 from onnxq.passes.lower.qdq import forget_shapes
 from onnxq.passes.lower.weights import to_nearest, weight_as_read
 from onnxq.passes.plan import ActivationPlan, SitePlan
 from onnxq.passes.weights.rounded import RoundedWeight, RoundedWeights
 
 OP = "QuantMatMul"
+OUTLIER_OP = "DynamicQuantMatMul"
+INT8_TOKENS = ActivationPlan("int8")
+"""What the product itself rounds activations to."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,8 @@ class Pack(Pass):
             to INT8 inside of the kernel, which is much faster; ``float`` keeps them. Formats whose
             levels are no multiples of one number (NF4, FP8) keep them in any case.
         scales: how scales are stored. ``float16`` rounds them, by less than 0.05 %.
+        outliers: with INT8 activations, columns that hold a magnitude from this on, in any token of
+            a call, stay float; 0 for none. LLM.int8() uses 6.
     """
 
     name: ClassVar[str] = "pack"
@@ -60,6 +70,11 @@ class Pack(Pass):
 
     activations: Literal["int8", "float"] = "int8"
     scales: Literal["float16", "float32"] = "float16"
+    outliers: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.outliers < math.inf:
+            raise SpecError("SPEC-RANGE", f"outliers={self.outliers} is no magnitude", "try 6")
 
     def candidates(self, model: ir.Model) -> list[str]:
         """Linear layers of the main graph."""
@@ -72,6 +87,7 @@ class Pack(Pass):
         rounded = ctx.artifacts.get(ROUNDED) if ROUNDED in ctx.artifacts else RoundedWeights()
         linears = {linear.name: linear for linear in analyze(model).linears}
         left = dataclasses.replace(plan, sites=dict(plan.sites))
+        rounding = ActivationRounding(model)
         for site in plan.sites.values():
             linear = linears.get(site.site)
             reason = _reason_against(site, linear)
@@ -81,13 +97,19 @@ class Pack(Pass):
                 except UnsupportedError as error:
                     reason = error.cause
                 else:
-                    _replace(model, linear, packed)
+                    if _needs_rounding(site.activation):
+                        rounding.read_rounded(
+                            linear.node,
+                            1 - linear.weight_index,
+                            linear.in_features,
+                            site.activation,
+                        )
+                    _replace(model, linear, packed, self.outliers)
                     del left.sites[site.site]
-                    report.change(site.site, _describe(site, packed))
+                    report.change(site.site, _describe(site, packed, self.outliers))
                     continue
             report.skip(site.site, f"{reason}; left in the plan for `qdq`")
         if report.changed:
-            custom_ops.attach(model, OP)
             remove_dead(model.graph)
             forget_shapes(model)
         ctx.artifacts.put(PLAN, left)
@@ -126,10 +148,15 @@ class Pack(Pass):
             zero_point=zero,
             factor=rounded.factor,
             scale_type=self.scales if rounded.scale_type == "float32" else rounded.scale_type,
-            int8_activations=site.mode in ("dynamic", "per-token")
-            or (self.activations == "int8" and takes_int8(levels)),
+            int8_activations=self._rounds_inside(site, levels),
             bias=linear.b,
         )
+
+    def _rounds_inside(self, site: SitePlan, levels: np.ndarray) -> bool:
+        """Whether the product rounds each row of activations to INT8."""
+        if site.activation is not None:
+            return site.activation == INT8_TOKENS
+        return site.mode == "dynamic" or (self.activations == "int8" and takes_int8(levels))
 
 
 def _reason_against(site: SitePlan, linear: Linear | None) -> str | None:
@@ -137,24 +164,32 @@ def _reason_against(site: SitePlan, linear: Linear | None) -> str | None:
         return "no matrix product with a constant weight"
     if site.mode == "static":
         return "its activations have fixed ranges"
-    if site.activation is not None and site.activation != ActivationPlan("int8"):
-        return f"no kernel rounds activations to {site.activation.format} as planned"
     return None
 
 
-def _replace(model: ir.Model, linear: Linear, packed: PackedWeight) -> None:
+def _needs_rounding(activation: ActivationPlan | None) -> TypeGuard[ActivationPlan]:
+    """Whether activations are rounded to what the product does not round to by itself."""
+    return activation is not None and activation != INT8_TOKENS
+
+
+def _replace(model: ir.Model, linear: Linear, packed: PackedWeight, outliers: float) -> None:
     graph = model.graph
+    op, inputs, attributes = OP, dict(packed.inputs), dict(packed.attributes)
+    if outliers and attributes["int8_activations"]:
+        op, inputs["outliers"] = OUTLIER_OP, np.zeros(0, np.int64)
+        attributes["threshold"] = outliers
+    custom_ops.attach(model, op)
     names = Names(graph)
     x = linear.node.inputs[1 - linear.weight_index]  # as earlier replacements left it
     constants = [
         add_initializer(graph, names.fresh(f"{linear.name}_{name}"), array)
-        for name, array in packed.inputs.items()
+        for name, array in inputs.items()
     ]
     node = custom_ops.make_node(
-        OP, [x, *constants], packed.attributes, name=names.fresh(f"{linear.name}_{OP}")
+        op, [x, *constants], attributes, name=names.fresh(f"{linear.name}_{op}")
     )
     out = node.outputs[0]
-    out.name = names.fresh(f"{linear.name}_{OP}_output")
+    out.name = names.fresh(f"{linear.name}_{op}_output")
     out.type, out.shape = linear.output.type, linear.output.shape
     insert_before(linear.node, node)
     replace_value(linear.output, out)
@@ -163,9 +198,13 @@ def _replace(model: ir.Model, linear: Linear, packed: PackedWeight) -> None:
     graph.remove(linear.node, safe=True)
 
 
-def _describe(site: SitePlan, packed: PackedWeight) -> str:
+def _describe(site: SitePlan, packed: PackedWeight, outliers: float) -> str:
     fmt = site.weight.format if site.weight is not None else ""
     group = int(packed.attributes["group"])
     by = "one scale a channel" if group == packed.attributes["K"] else f"groups of {group}"
-    activations = "int8" if packed.attributes["int8_activations"] else "float"
-    return f"{OP}, {fmt} in {by}, {activations} activations"
+    activations = "float" if site.activation is None else site.activation.format
+    op = OP
+    if packed.attributes["int8_activations"]:
+        activations = f"int8, outliers from {outliers:g} on float, other" if outliers else "int8"
+        op = OUTLIER_OP if outliers else OP
+    return f"{op}, {fmt} in {by}, {activations} activations"

@@ -277,12 +277,25 @@ def _quantize_block(dtype: str) -> Iterator[Case]:
         attributes = block_attributes(parse_format(name), group=group)
         x = (rng.normal(size=(5, 3, 97)) * rng.lognormal(0, 2, size=(5, 1, 97))).astype(dtype)
         yield Case(f"{name} {group}", {"x": x}, attributes=attributes, every_opset=name == "mxfp4")
-    mx, nv, row = (
-        block_attributes(parse_format(name), factor=factor)
-        for name, factor in (("mxfp4", 1.0), ("nvfp4", 0.013), ("int8", 1.0))
-    )
-    for attributes in (mx, nv, row):
-        for shape in ((0,), (1,), (0, 4), (2, 0), (3, 31), (3, 32), (3, 33), (2, 15), (2, 17)):
+    mx, nv, token, row = (
+        block_attributes(parse_format(name), factor=factor, clip=clip)
+        for name, factor, clip in (
+            ("mxfp4", 0, 1.0), ("nvfp4", 0.013, 1.0), ("nvfp4", 0, 1.0), ("int4", 0, 0.8)
+        )
+    )  # fmt: skip
+    for attributes in (mx, nv, token, row):
+        for shape in (
+            (0,),
+            (1,),
+            (0, 4),
+            (0, 97),
+            (2, 0),
+            (3, 31),
+            (3, 32),
+            (3, 33),
+            (2, 15),
+            (2, 17),
+        ):
             x = rng.normal(size=shape).astype(dtype)
             yield Case(f"{shape}", {"x": x}, attributes=attributes, every_opset=0 in shape)
         edges = np.zeros((11, 37), dtype)

@@ -18,7 +18,7 @@ from tests.custom_ops.cases import BLOCK_FORMATS, Array, Case, model_of
 OP = "QuantizeBlock"
 
 
-def rounded(x: Array, name: str, group: int = 0, factor: float = 1.0) -> Array:
+def rounded(x: Array, name: str, group: int = 0, factor: float = 0.0) -> Array:
     case = Case(
         name, {"x": x}, attributes=block_attributes(parse_format(name), group=group, factor=factor)
     )
@@ -34,7 +34,7 @@ def test_is_what_the_format_encodes_and_decodes(name: str, group: int, library: 
     fmt = parse_format(name)
     granularity = None if fmt.fixed_block else Granularity.block(1, group or 192)
     params = fmt.params(x, granularity, axis=1)
-    factor = 1.0 if params.global_scale is None else float(params.global_scale)
+    factor = 0.0 if params.global_scale is None else float(params.global_scale)
     theirs = fmt.decode(fmt.encode(x, params), params)
     ours = rounded(x, name, group, factor)
     if name.startswith("mx"):
@@ -88,12 +88,16 @@ def test_noise_of_mxfp4(
     ("change", "message"),
     [
         ({"block": -1}, "block = -1 is below 0"),
-        ({"mantissa": 11}, "mantissa = 11 is not in 0 to 10"),
+        ({"mantissa": 16}, "mantissa = 16 is not in 0 to 15"),
         ({"min_exponent": -31}, "min_exponent = -31 is not in -30 to 15"),
         ({"largest": 0.0}, "largest is not in"),
         ({"largest": float("nan")}, "largest is not in"),
         ({"scale": 4}, "scale = 4 is not 0 to 3"),
-        ({"factor": float("inf")}, "factor is not a positive number"),
+        ({"lowest": 1.0}, "lowest is not in"),
+        ({"factor": float("inf")}, "factor is negative or not finite"),
+        ({"factor": -1.0}, "factor is negative or not finite"),
+        ({"clip": 0.0}, "clip is not in"),
+        ({"clip": 1.5}, "clip is not in"),
     ],
 )
 def test_wrong_attributes_are_refused(
@@ -119,7 +123,7 @@ def test_a_scalar_is_refused(library: Library) -> None:
 
 
 def test_formats_that_do_not_fit_are_refused() -> None:
-    for name in ("nf4", "int16", "uint8", "mxfp4-auto", "nvfp4-46", "binary"):
+    for name in ("nf4", "int8asym", "int4full", "mxfp4-auto", "nvfp4-46", "binary"):
         with pytest.raises(UnsupportedError, match=f"does not round to {name}"):
             block_attributes(parse_format(name))
 

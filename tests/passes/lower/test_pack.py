@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from onnxq.custom_ops.packed_weight import PackedWeight, pack_table
-from onnxq.errors import PreconditionError
+from onnxq.errors import PreconditionError, SpecError
 from onnxq.passes.decide.assign import Assign
 from onnxq.passes.decide.calibrate import Calibrate
 from onnxq.passes.lower.pack import Pack
@@ -75,6 +75,23 @@ def test_both_layers_are_packed_and_run_as_kernel_and_as_body(
     body = h.run(after, X)["y"]
     assert h.relative_error(expected, body) < error
     assert h.relative_error(body, with_kernels(after)) < BODY_ERROR
+
+
+def test_outliers_stay_float() -> None:
+    """A column 200 times as large: apart, it no longer takes the steps of the others."""
+    x = {"x": X["x"].copy()}
+    x["x"][..., 3] *= 200
+    plain = h.apply(model(), Assign(mode="dynamic"), Pack()).model
+    apart = h.apply(model(), Assign(mode="dynamic"), Pack(outliers=50.0))
+    assert h.ops(apart.model)["DynamicQuantMatMul"] == 2
+    changes = h.report_of(apart, "pack").changed
+    assert all("outliers from 50 on float" in change.what for change in changes)
+    exact, errors = h.run(model(), x)["y"], []
+    for packed in (plain, apart.model):
+        errors.append(h.relative_error(exact, h.run(packed, x)["y"]))
+    assert errors[1] < errors[0] / 2
+    with pytest.raises(SpecError, match="outliers=-1"):
+        Pack(outliers=-1.0)
 
 
 def test_the_float_weights_go() -> None:
