@@ -5,23 +5,26 @@
     python benchmarks/kernels.py --json                   one object a line
     python benchmarks/kernels.py --cases w4a8_g32 --threads 2 --rows 128 --plot kernels.svg
 
-Ours and its peers run in turn in one process; figures are the 25th percentile of their times (of
-the thread's processor time with one thread, of wall time with more), so that other load hardly
-counts. `ratio` is the peer's time divided by ours: above 1 we are faster. Every peer computes the
-product of the same shapes with weights of as many bits, or what comes closest:
+Ours and its peers run in turn in one process. A time is the greatest of the threads' processor
+times, and figures are the 25th percentile over the rounds (the least with several threads), so that
+other load hardly counts; what it takes to wake a thread is not in it. `ratio` is the peer's time
+divided by ours: above 1 we are faster. Every peer computes the product of the same shapes with
+weights of as many bits, or what comes closest:
 
 MatMulNBits level 4 rounds activations to INT8 a block, ours a token; DynamicQuantizeMatMul has one
 scale for the whole tensor; "unfused" is per-token INT8 in standard operators. ONNX Runtime has no
-FP4, MX or NVFP4 on the CPU: there the peer is its float32 MatMul. The rotation's peer is the
+FP4, MX or NVFP4 on the CPU: there the peer is its float32 MatMul, and ggml where `pip install
+ggml-python` has put it. The rotation's peer is the
 product with the matrix.
 
-The limits that shares refer to are measured in the same run: bandwidth by reading as many bytes as
-the weights take (dot product of a vector with itself), arithmetic by ONNX Runtime's float32 product
-of matrices in cache; INT8 dot products do four times as many operations a register.
+The limits that shares refer to are measured in the same run (`_limits.cc`): arithmetic in
+registers, INT8 or float; for up to 8 rows the bandwidth, by reading as many bytes as the weights
+take, in turn with the rest, so from wherever the peers' weights have driven them to.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import _common
+import _ggml
+import _limits
 import numpy as np
 import onnx
 import onnx.helper as oh
@@ -47,8 +52,10 @@ ROWS = (1, 8, 128, 512)
 SECONDS = 1.5
 """For each comparison; never fewer than MIN_ROUNDS rounds."""
 MIN_ROUNDS, MAX_ROUNDS = 5, 60
-LIMIT_SIZE, LIMIT_ROUNDS = 384, 20
-INT8_PER_FLOAT = 4
+PERCENTILE = 25
+SLOW_SECONDS = 1.0
+FEW_ROWS = 8
+READ = "read"
 OPSET = 21
 
 Array = np.ndarray[Any, Any]
@@ -66,6 +73,7 @@ class Variant:
         int8: whether activations are rounded to INT8.
         scale: how scales are stored.
         peers: name and builder of each peer; the first decides the claim.
+        ggml: type of ggml that is a peer too, where ggml-python is installed.
     """
 
     name: str
@@ -75,6 +83,7 @@ class Variant:
     scale: Any
     peers: Mapping[str, Peer]
     shapes: Sequence[tuple[int, int]] = SHAPES
+    ggml: str = ""
 
     def operations(self, m: int, k: int, n: int) -> float:
         """Multiplications and additions of one run."""
@@ -105,6 +114,7 @@ class Rotation:
     int8: bool = False
     peers: Mapping[str, Peer] = field(default_factory=lambda: {"ort MatMul fp32": fp32})
     shapes: Sequence[tuple[int, int]] = ((512, 512), (1536, 1536), (4096, 4096), (8192, 8192))
+    ggml: str = ""
 
     def operations(self, m: int, k: int, n: int) -> float:
         """Additions of one run."""
@@ -270,7 +280,13 @@ def variants() -> dict[str, Variant | Rotation]:
     fp8: dict[str, Peer] = {**float32, "ort DequantizeLinear + MatMul": fp8_dequantize}
     made = [
         Variant(
-            f"w4a8_g{g}", int4, g, True, "float16", {"ort MatMulNBits": nbits(4, g, 4), **float32}
+            f"w4a8_g{g}",
+            int4,
+            g,
+            True,
+            "float16",
+            {"ort MatMulNBits": nbits(4, g, 4), **float32},
+            ggml="Q4_0" if g == 32 else "",
         )
         for g in (32, 128)
     ]
@@ -278,9 +294,9 @@ def variants() -> dict[str, Variant | Rotation]:
         Variant("w4a32_g32", int4, 32, False, "float16", {"ort MatMulNBits": nbits(4, 32, 1)}),
         Variant("w8a8", int8, 0, True, "float32", {**per_token, **float32}),
         Variant("w8a8_g128", int8, 128, True, "float16", {"ort MatMulNBits": nbits(8, 128, 4)}),
-        Variant("mxfp4a8", e2m1, 32, True, "e8m0", float32),
-        Variant("nvfp4a8", e2m1, 16, True, "e4m3", float32),
-        Variant("mxint8a8", int8, 32, True, "e8m0", float32),
+        Variant("mxfp4a8", e2m1, 32, True, "e8m0", float32, ggml="MXFP4"),
+        Variant("nvfp4a8", e2m1, 16, True, "e4m3", float32, ggml="NVFP4"),
+        Variant("mxint8a8", int8, 32, True, "e8m0", float32, ggml="MXFP4"),
         Variant("nf4_g64", _levels("nf4"), 64, False, "float16", {"ort MatMulBnb4": bnb4}),
         Variant("fp8", _levels("fp8e4m3"), 0, False, "float32", fp8),
         Variant("mxfp8", _levels("fp8e4m3"), 32, False, "e8m0", float32),
@@ -307,44 +323,40 @@ def open_session(model: bytes, threads: int) -> Any:
 
 
 def times(runs: Mapping[str, Callable[[], object]], threads: int, quick: bool) -> dict[str, float]:
-    """Seconds of each run: the 25th percentile of runs in turn."""
-    clock = time.thread_time if threads == 1 else time.perf_counter
-    began = clock()
-    for run in runs.values():
-        run()
-        run()
-    once = max((clock() - began) / 2, 1e-6)
+    """Seconds of each run, in turn: the 25th percentile, or the least with several threads.
+
+    Where other processes have taken a core, one thread does the work of two. A run of more than
+    SLOW_SECONDS is measured once.
+    """
+    first = {name: busy_seconds(run) for name, run in runs.items()}
+    slow = {name: seconds for name, seconds in first.items() if seconds > SLOW_SECONDS}
+    runs = {name: run for name, run in runs.items() if name not in slow}
+    once = sum(map(busy_seconds, runs.values()))
     rounds = MIN_ROUNDS if quick else int(min(max(SECONDS / once, MIN_ROUNDS), MAX_ROUNDS))
     taken: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     for number in range(rounds):
         start = number % len(names)
         for name in names[start:] + names[:start]:
-            began = clock()
-            runs[name]()
-            taken[name].append(clock() - began)
-    return {name: float(np.percentile(values, 25)) for name, values in taken.items()}
+            taken[name].append(busy_seconds(runs[name]))
+    percentile = PERCENTILE if threads == 1 else 0
+    return slow | {name: float(np.percentile(v, percentile)) for name, v in taken.items()}
 
 
-def read_limit(size: int, quick: bool) -> float:
-    """Bytes a second that one thread reads of an array of ``size`` bytes."""
-    array = np.ones(size // 4, np.float32)
-    return size / times({"read": lambda: np.dot(array, array)}, 1, quick)["read"]
+def busy_seconds(run: Callable[[], object]) -> float:
+    """Processor time of the thread of this process that works longest on ``run``.
 
-
-def float_limit() -> float:
-    """Float operations a second of one thread, in cache."""
-    session = open_session(
-        fp32(LIMIT_SIZE, LIMIT_SIZE, np.random.default_rng(0)).SerializeToString(), 1
-    )
-    run = _run(session, np.ones((LIMIT_SIZE, LIMIT_SIZE), np.float32))
-    return 2 * LIMIT_SIZE**3 / min(_seconds(run) for _ in range(LIMIT_ROUNDS))
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    began = time.thread_time()
+    On an idle machine that is the time on the clock, once all threads are awake.
+    """
+    clocks = [_thread_clock(int(entry.name)) for entry in os.scandir("/proc/self/task")]
+    began = [time.clock_gettime(clock) for clock in clocks]
     run()
-    return time.thread_time() - began
+    return max(time.clock_gettime(c) - then for c, then in zip(clocks, began, strict=True))
+
+
+def _thread_clock(thread: int) -> int:
+    """Linux's clock of the processor time of a thread (``CPUCLOCK_SCHED``, per thread)."""
+    return (~thread << 3) | 6
 
 
 def compare(
@@ -361,13 +373,19 @@ def compare(
     sessions = {"ours": open_session(model, threads)}
     for name, build in variant.peers.items():
         sessions[name] = open_session(build(k, n, rng).SerializeToString(), threads)
-    compute = float_limit() * (INT8_PER_FLOAT if variant.int8 else 1) * threads
-    read = read_limit(stored, quick)
+    weight = None
+    if variant.ggml and _ggml.module() is not None:
+        weight = _ggml.Weight(variant.ggml, k, n, threads)
+    compute = _limits.operations_per_second(variant.int8) * threads
+    read = {READ: _limits.reader(stored)} if threads == 1 else {}
     for m in rows:
         x = rng.standard_normal((m, k), dtype=np.float32)
         runs = {name: _run(session, x) for name, session in sessions.items()}
-        taken = times(runs, threads, quick)
-        ours = taken.pop("ours")
+        if weight is not None:
+            runs[f"ggml {variant.ggml}{' repacked' * weight.repacked}"] = weight.product(x)
+        taken = times({**runs, **(read if m <= FEW_ROWS else {})}, threads, quick)
+        ours, reading = taken.pop("ours"), taken.pop(READ, None)
+        rate = variant.operations(m, k, n) / ours
         for name, other in taken.items():
             yield {
                 "case": variant.name,
@@ -381,10 +399,12 @@ def compare(
                 "ratio": other / ours,
                 "unit": "us",
                 "better": "lower",
-                "gops": variant.operations(m, k, n) / ours / 1e9,
+                "gops": rate / 1e9,
                 "gb_s": stored / ours / 1e9,
-                "compute_share": variant.operations(m, k, n) / ours / compute,
-                "read_share": stored / ours / read if threads == 1 else None,
+                "compute_share": rate / compute,
+                "compute_limit_gops": compute / 1e9,
+                "read_share": None if reading is None else reading / ours,
+                "read_limit_gb_s": None if reading is None else stored / reading / 1e9,
             }
 
 
@@ -410,6 +430,41 @@ def show(found: Sequence[Mapping[str, Any]]) -> None:
         ratios = np.array([r["ratio"] for r in found if tuple(r[k] for k in keys) == key])
         mean = float(np.exp(np.log(ratios).mean()))
         print(" | ".join(map(str, key)), f"| {mean:.2f} | {ratios.min():.2f}")
+    more = scaling(found)
+    if more:
+        print("\ncase | M | threads | times one thread, geometric mean | least")
+        for key in dict.fromkeys((row["case"], row["M"], row["threads"]) for row in more):
+            ratios = np.array(
+                [r["ratio"] for r in more if (r["case"], r["M"], r["threads"]) == key]
+            )
+            mean = float(np.exp(np.log(ratios).mean()))
+            print(" | ".join(map(str, key)), f"| {mean:.2f} | {ratios.min():.2f}")
+
+
+def scaling(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Our time with one thread beside that with more, a row for each shape and M."""
+    ours = {(r["case"], r["M"], r["K"], r["N"], r["threads"]): r["ours"] for r in found}
+    rows = []
+    for (case, m, k, n, threads), time_taken in ours.items():
+        alone = ours.get((case, m, k, n, 1))
+        if threads == 1 or alone is None:
+            continue
+        rows.append(
+            {
+                "case": case,
+                "M": m,
+                "K": k,
+                "N": n,
+                "threads": threads,
+                "ours": time_taken,
+                "peer": alone,
+                "peer_name": "ours, one thread",
+                "ratio": alone / time_taken,
+                "unit": "us",
+                "better": "lower",
+            }
+        )
+    return rows
 
 
 def plot(found: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -462,7 +517,9 @@ def main() -> None:
                     found.append(row)
                     if arguments.json:
                         _common.emit([row])
-    if not arguments.json:
+    if arguments.json:
+        _common.emit(scaling(found))
+    else:
         show(found)
     if arguments.plot:
         plot(found, arguments.plot)
