@@ -20,6 +20,11 @@ constexpr const char* kProvider = "CPUExecutionProvider";
 // ops.def spells dtypes as Python does.
 constexpr ElementType float32 = ElementType::kFloat32;
 constexpr ElementType float16 = ElementType::kFloat16;
+constexpr ElementType int8 = ElementType::kInt8;
+constexpr ElementType uint8 = ElementType::kUint8;
+constexpr ElementType int16 = ElementType::kInt16;
+constexpr ElementType int32 = ElementType::kInt32;
+constexpr ElementType int64 = ElementType::kInt64;
 
 // The domain and its operators, made at the first registration and kept for the life of the
 // process: sessions hold plain pointers into it.

@@ -67,6 +67,7 @@ class Operator:
         build_function: makes the body; called once, and only when a model needs it.
         reference: the same in numpy; arrays in, a tuple of arrays out; keyword attributes.
         attributes: what the node must carry.
+        typed_by: the input whose element type the rows of ops.def name; empty for the first.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Operator:
     build_function: Callable[[], onnx.FunctionProto]
     reference: Callable[..., tuple[np.ndarray[Any, Any], ...]]
     attributes: Sequence[Attribute] = field(default=())
+    typed_by: str = ""
 
     @functools.cached_property
     def function(self) -> onnx.FunctionProto:
@@ -175,7 +177,8 @@ def make_node(
 
     Raises:
         UnsupportedError: ``UNSUPPORTED-OPERATOR``, there is no operator of that name;
-            ``UNSUPPORTED-OPERATOR-DTYPE``, no kernel takes the first input's type: with the library
+            ``UNSUPPORTED-OPERATOR-DTYPE``, no kernel takes the type of the first
+            (or `typed_by`) input: with the library
             registered ONNX Runtime would refuse the model, instead of running the body.
         InternalError: ``INTERNAL-OPERATOR-NODE``, the inputs or attributes are not the operator's.
     """
@@ -191,11 +194,14 @@ def make_node(
             f"{sorted(expected)}, got {len(inputs)} and {sorted(given)}",
         )
     dtypes = {kernel.dtype for kernel in kernels() if kernel.op == op_name}
-    dtype = inputs[0].dtype if inputs and inputs[0] is not None else None
+    typed = list(operator.inputs).index(operator.typed_by) if operator.typed_by else 0
+    decisive = inputs[typed] if inputs else None
+    dtype = None if decisive is None else decisive.dtype
     if dtype is not None and _dtype_name(dtype) not in dtypes:
         raise UnsupportedError(
             "UNSUPPORTED-OPERATOR-DTYPE",
-            f"{DOMAIN}:{op_name} has no kernel for {_dtype_name(dtype)} activations",
+            f"{DOMAIN}:{op_name} has no kernel for {_dtype_name(dtype)} "
+            f"{operator.typed_by or 'activations'}",
             f"it takes {', '.join(sorted(dtypes))}; cast the input",
         )
     return ir.node(

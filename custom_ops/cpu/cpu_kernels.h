@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "integer_ops.h"
 #include "op_kernel.h"
 #include "packed_linear.h"
 #include "quantize_block.h"

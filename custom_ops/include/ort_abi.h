@@ -36,6 +36,7 @@ enum class ElementType : int {
   kFloat32 = 1,
   kUint8 = 2,
   kInt8 = 3,
+  kInt16 = 5,
   kInt32 = 6,
   kInt64 = 7,
   kFloat16 = 10,

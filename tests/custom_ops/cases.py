@@ -20,6 +20,7 @@ from onnxq.custom_ops.packed_weight import PackedWeight, pack_weight
 from onnxq.formats import Granularity, parse_format
 from onnxq.solvers.hadamard import hadamard_matrix
 from tests.custom_ops import exact
+from tests.custom_ops.integer_cases import INTEGER_CASES, Raw
 
 Array = np.ndarray[Any, Any]
 Inputs = dict[str, Array]
@@ -317,7 +318,13 @@ def _quantize_block(dtype: str) -> Iterator[Case]:
     yield Case("large", {"x": rng.normal(size=(67, 1499)).astype(dtype)}, attributes=mx)
 
 
+def _of_integers(make: Callable[[str], Iterator[Raw]]) -> Callable[[str], Iterator[Case]]:
+    """The cases of an integer-only operator."""
+    return lambda dtype: (Case(*raw) for raw in make(dtype))
+
+
 CASES: dict[str, Callable[[str], Iterator[Case]]] = {
+    **{name: _of_integers(make) for name, make in INTEGER_CASES.items()},
     "DynamicQuantMatMul": _dynamic_quant_mat_mul,
     "DynamicQuantizePerToken": _per_token,
     "Hadamard": _hadamard,
@@ -346,7 +353,7 @@ def same_numbers(left: Array, right: Array) -> bool:
 def agrees(op_name: str, case: Case, got: Sequence[Array], *, kernel: bool) -> bool:
     """Whether results are as the operator's contract says: to the bit, or within its budget."""
     expected = case.reference(op_name)
-    if op_name == "DynamicQuantizePerToken":
+    if op_name == "DynamicQuantizePerToken" or op_name in INTEGER_CASES:
         return all(map(same_bits, got, expected))
     if op_name == "QuantizeBlock":
         return same_numbers(got[0], expected[0])
@@ -369,6 +376,9 @@ _EXACT: dict[str, Callable[[Inputs, Mapping[str, Any]], tuple[Array, Array]]] = 
 
 def random_case(op_name: str, dtype: str, rng: np.random.Generator) -> Case:
     """A case of random extents, types and values."""
+    if op_name in INTEGER_CASES:
+        cases = list(CASES[op_name](dtype))
+        return cases[int(rng.integers(len(cases)))]
     if op_name == "DynamicQuantizePerToken":
         return Case("random", {"x": random_input(dtype, rng)})
     if op_name == "Hadamard":

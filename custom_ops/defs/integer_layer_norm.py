@@ -1,0 +1,123 @@
+"""LayerNorm over the last axis, in integers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+
+from onnxq.custom_ops.integer_math import POWERS, round_shift, square_root
+from onnxq.custom_ops.registry import DOMAIN, Attribute, Operator
+
+Array = np.ndarray[Any, Any]
+
+_DOC = """\
+LayerNorm over the last axis after I-BERT (arXiv 2101.01321, section 3.5), with the learned scale
+and shift folded into dyadic factors.
+
+```
+m = ⌊(2 Σx + D) / 2D⌋    (the mean, halves up)
+v = x - m;   r = 2^shift · max(IntegerSqrt(Σ ⌊v / 2^shift⌋² + epsilon), 1)
+f = ⌊2^31 / r⌋
+y = clip(round((⌊v · f / 2⌋ · multiplier + beta) / 2^out_shift), low, high)
+```
+
+`x: [..., D]` i16; `multiplier: [D]` i32 of any sign; `beta: [D]` i64; `y: [..., D]` i16. ⌊v · f /
+2⌋ has the scale √D / 2^30 whatever that of x. A gamma of zero is a multiplier of zero: I-BERT
+divides beta by gamma, and fails there; here beta stands at the scale of the product.
+
+- `shift` is I-BERT's, for machines whose sum of squares has 32 bits; 0 is exact in 64.
+- Rounding is half up, but for ⌊.⌋; I-BERT's mean rounds ties to even.
+- Errors: D is 0 or above 2^20; the multiplier or beta have not D elements; beta reaches 2^61; the
+  shift is not from 0 to 15, out_shift not from 1 to 62, epsilon not from 0 to 2^60.
+"""
+
+_INT16 = onnx.TensorProto.INT16
+_INT64 = onnx.TensorProto.INT64
+
+
+def _build_function() -> onnx.FunctionProto:
+    from onnxscript import opset18 as op
+    from onnxscript import script
+    from onnxscript.values import Opset
+
+    domain = Opset(DOMAIN, 1)
+    table = onnx.numpy_helper.from_array(POWERS, "powers")
+
+    @script(domain, default_opset=op)
+    def IntegerLayerNorm(
+        x, multiplier, beta, shift: int, epsilon: int, out_shift: int, low: int, high: int
+    ):
+        powers = op.Constant(value=table)
+        last = op.Constant(value_ints=[-1])
+        wide = op.Cast(x, to=_INT64)
+        n = op.Shape(x, start=-1)
+        twice = op.Mul(n, op.Constant(value_ints=[2]))
+        doubled = op.Mul(op.ReduceSum(wide, last, keepdims=1), op.Constant(value_ints=[2]))
+        raised_sum = op.Add(doubled, n)
+        mean = op.Div(op.Sub(raised_sum, op.Mod(raised_sum, twice)), twice)
+        v = op.Sub(wide, mean)
+        step = op.Gather(powers, op.Constant(value_int=shift))
+        coarse = op.Div(op.Sub(v, op.Mod(v, step)), step)
+        squares = op.ReduceSum(op.Mul(coarse, coarse), last, keepdims=1)
+        root = domain.IntegerSqrt(op.Add(squares, op.Constant(value_int=epsilon)))
+        one = op.Constant(value_int=1)
+        deviation = op.Mul(op.Where(op.Less(root, one), one, root), step)
+        factor = op.Div(op.Constant(value_int=2147483648), deviation)
+        scaled = op.Mul(v, factor)
+        two = op.Constant(value_int=2)
+        normal = op.Div(op.Sub(scaled, op.Mod(scaled, two)), two)
+        power = op.Gather(powers, op.Constant(value_int=out_shift))
+        product = op.Mul(normal, op.Cast(multiplier, to=_INT64))
+        raised = op.Add(op.Add(product, beta), op.Div(power, two))
+        rounded = op.Div(op.Sub(raised, op.Mod(raised, power)), power)
+        least = op.Constant(value_int=low)
+        most = op.Constant(value_int=high)
+        capped = op.Where(op.Greater(rounded, most), most, rounded)
+        clipped = op.Where(op.Less(capped, least), least, capped)
+        y = op.Cast(clipped, to=_INT16)
+        return y  # noqa: RET504  (names the output)
+
+    proto: onnx.FunctionProto = IntegerLayerNorm.to_function_proto()
+    return proto
+
+
+def reference(
+    x: Array,
+    multiplier: Array,
+    beta: Array,
+    *,
+    shift: int,
+    epsilon: int,
+    out_shift: int,
+    low: int,
+    high: int,
+) -> tuple[Array]:
+    """See the operator's documentation."""
+    v = x.astype(np.int64)
+    n = x.shape[-1]
+    v = v - (2 * v.sum(axis=-1, keepdims=True) + n) // (2 * n)
+    squares = ((v >> shift) ** 2).sum(axis=-1, keepdims=True)
+    deviation = np.maximum(square_root(squares + epsilon), 1) << shift
+    normal = v * ((1 << 31) // deviation) >> 1
+    rounded = round_shift(normal * multiplier.astype(np.int64) + beta, out_shift)
+    return (np.clip(rounded, low, high).astype(np.int16),)
+
+
+OPERATOR = Operator(
+    name="IntegerLayerNorm",
+    doc=_DOC,
+    inputs={"x": "`[..., D]` i16", "multiplier": "`[D]` i32", "beta": "`[D]` i64"},
+    outputs={"y": "`[..., D]` i16"},
+    min_opset=18,
+    build_function=_build_function,
+    reference=reference,
+    attributes=(
+        Attribute("shift", "INT", "before squaring, 0 to 15"),
+        Attribute("epsilon", "INT", "added to the sum of squares"),
+        Attribute("out_shift", "INT", "of the multiplier, 1 to 62"),
+        Attribute("low", "INT", "least value of y"),
+        Attribute("high", "INT", "largest value of y"),
+    ),
+)
