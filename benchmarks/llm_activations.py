@@ -106,8 +106,8 @@ def _static() -> list[Case]:
         ),
         Case(
             "best-partial",
-            "smooth-quant + R1 R2 R4, auto-partial max-drop=1",
-            partial + "auto-partial{max-drop=1 samples=4}, qdq",
+            "smooth-quant + R1 R2 R4, partial max-drop=1",
+            partial + "partial{max-drop=1 samples=4}, qdq",
             "smooth-quarot",
         ),
         Case("dynamic", "dynamic, per tensor", "assign{mode=dynamic}, qdq"),

@@ -149,6 +149,31 @@ class Skip:
     reason: str
 
 
+@dataclass(frozen=True)
+class Curve:
+    """What a pass weighed against each other, for a plot in the report.
+
+    Args:
+        title, x_label, y_label: in words, with units.
+        points: (x, y, what it is), by rising x.
+        chosen: the point that was chosen.
+        limit: a bound on y; None without one.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    points: tuple[tuple[float, float, str], ...]
+    chosen: tuple[float, float]
+    limit: float | None = None
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> Curve:
+        """The inverse of ``dataclasses.asdict``, after a trip through JSON."""
+        points = tuple((x, y, what) for x, y, what in raw["points"])
+        return cls(**{**raw, "points": points, "chosen": tuple(raw["chosen"])})
+
+
 @dataclass
 class PassReport:
     """What a pass did to each of its candidates."""
@@ -156,6 +181,7 @@ class PassReport:
     changed: list[Change] = field(default_factory=list)
     skipped: list[Skip] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    curves: list[Curve] = field(default_factory=list)
 
     def change(self, site: str, what: str, detail: str = "") -> None:
         """Record that ``site`` was changed."""
@@ -262,6 +288,10 @@ class Pass(ABC):
     def needs(self) -> tuple[Key[Any], ...]:
         """Keys that must be there: ``requires``, and what the options chosen add to it."""
         return self.requires
+
+    def wants_data(self) -> bool:
+        """Whether the pass, with the options chosen, takes samples: ``needs_data``, or more."""
+        return self.needs_data
 
     def candidates(self, model: ir.Model) -> list[str]:
         """The sites that the pass would look at, for ``--dry-run``; nothing is changed."""

@@ -68,6 +68,7 @@ def pass_view(step: StepResult) -> PassView:
         [(c.site, c.what, c.detail) for c in step.report.changed],
         [(s.site, s.reason) for s in step.report.skipped],
         step.report.notes,
+        step.report.curves,
     )
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from onnxq.cli.console import finite, grouped
+
+if TYPE_CHECKING:
+    from onnxq.passes.contract import Curve
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,7 @@ class PassView:
         changed: (site, what, detail).
         skipped: (site, reason).
         notes: facts that belong to no single site.
+        curves: what the pass weighed against each other.
     """
 
     spec: str
@@ -27,6 +32,7 @@ class PassView:
     changed: Sequence[tuple[str, str, str]] = ()
     skipped: Sequence[tuple[str, str]] = ()
     notes: Sequence[str] = ()
+    curves: Sequence[Curve] = ()
 
     @property
     def name(self) -> str:
@@ -49,6 +55,7 @@ class PassView:
             "changed": [{"site": s, "what": w, "detail": d} for s, w, d in self.changed],
             "skipped": [{"site": s, "reason": r} for s, r in self.skipped],
             "notes": list(self.notes),
+            "curves": [dataclasses.asdict(curve) for curve in self.curves],
         }
 
 

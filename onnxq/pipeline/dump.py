@@ -21,7 +21,7 @@ from onnxq.errors import DataError
 from onnxq.graph import io
 from onnxq.graph.atomic import reported, temporary_for
 from onnxq.graph.tensors import EXTERNAL, SOURCE, model_nbytes
-from onnxq.passes.contract import Change, PassReport, Skip, Storable
+from onnxq.passes.contract import Change, Curve, PassReport, Skip, Storable
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -68,6 +68,7 @@ class StoredStep:
             changed=[Change(**c) for c in raw["changed"]],
             skipped=[Skip(**s) for s in raw["skipped"]],
             notes=list(raw["notes"]),
+            curves=[Curve.from_json(c) for c in raw.get("curves", [])],
         )
 
 

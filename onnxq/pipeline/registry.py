@@ -72,7 +72,6 @@ BUILTIN: Final[Mapping[str, Entry]] = {
         partial="Partial",
         sanity="Sanity",
         sensitivity="Sensitivity",
-        auto_partial="AutoPartial",
         set_format="SetFormat",
         assign_format="AssignFormat",
     ),

@@ -255,7 +255,7 @@ def apply_pass(
     context = Context(
         artifacts=DeclaredArtifacts(artifacts, owner),
         target=settings.target,
-        data=settings.data if owner.needs_data else None,
+        data=settings.data if owner.wants_data() else None,
         holdout=settings.holdout,
         reference=reference,
         upcoming=tuple(upcoming),

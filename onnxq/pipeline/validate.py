@@ -40,7 +40,7 @@ def validate(
         for key in p.forbids:
             if key.name in fresh:
                 raise _forbidden(passes, number, key.name, fresh[key.name])
-        if p.needs_data and not has_data:
+        if p.wants_data() and not has_data:
             raise DataError(
                 "DATA-NEEDED",
                 f"pass {number} `{p.name}` needs calibration data and the run has none",

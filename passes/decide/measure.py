@@ -27,6 +27,7 @@ from onnxq.runtime.workspace import Workspace, run_samples
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+    import onnxruntime as ort
 
 Feeds = dict[str, np.ndarray]
 Array = npt.NDArray[np.floating]
@@ -98,7 +99,7 @@ class PlanMeter:
         self._metric, self._rounded = metric, rounded
         self._workspace = Workspace()
         self._lock = threading.Lock()
-        session = self._workspace.session(model, threads=ctx.threads)
+        session = self.open(model)
         self._exact = [_floats(out) for out in run_samples(session, self._samples)]
         self._logits = self._find_logits() if metric != "sqnr" else ""
         self._signal = {
@@ -116,11 +117,30 @@ class PlanMeter:
     def __exit__(self, *_: object) -> None:
         self._workspace.close()
 
+    @property
+    def samples(self) -> Sequence[Feeds]:
+        """What is run."""
+        return self._samples
+
+    def open(self, model: ir.Model, workspace: Workspace | None = None) -> ort.InferenceSession:
+        """A session that runs ``model`` as it is; may be called from several threads.
+
+        Args:
+            model: the meter's, a lowered copy, or a part of one.
+            workspace: that takes the weights; by default the meter's, which has the float ones.
+        """
+        with self._lock:
+            return (workspace or self._workspace).session(model, threads=self._ctx.threads)
+
     def measure(self, plan: QuantPlan) -> Score:
         """Lower ``plan`` on a copy and compare; may be called from several threads."""
-        with self._lock:
-            session = self._workspace.session(self._lowered(plan), threads=self._ctx.threads)
-        found = [_floats(out) for out in run_samples(session, self._samples)]
+        model = copy_model(self._model)
+        self.lower(model, plan)
+        return self.score(list(run_samples(self.open(model), self._samples)))
+
+    def score(self, outputs: Sequence[dict[str, Any]]) -> Score:
+        """How far ``outputs``, by name for each sample, are from the float model's."""
+        found = [_floats(out) for out in outputs]
         sqnr = min(self._sqnr(name, found) for name in self._exact[0])
         if self._metric == "kl":
             return Score(sqnr, kl=self._kl(found))
@@ -128,8 +148,8 @@ class PlanMeter:
             return Score(sqnr, drop=self._drop(found))
         return Score(sqnr)
 
-    def _lowered(self, plan: QuantPlan) -> ir.Model:
-        model = copy_model(self._model)
+    def lower(self, model: ir.Model, plan: QuantPlan) -> None:
+        """Perform ``plan`` on ``model``, a copy of the meter's."""
         qdq = Qdq()
         artifacts = Artifacts()
         artifacts.put(PLAN, plan)
@@ -137,7 +157,6 @@ class PlanMeter:
             artifacts.put(ROUNDED, self._rounded)
         declared = DeclaredArtifacts(artifacts, qdq)
         qdq.run(model, dataclasses.replace(self._ctx, artifacts=declared, upcoming=()))
-        return model
 
     def _sqnr(self, name: str, found: Sequence[dict[str, Array]]) -> float:
         signal, noise = self._signal[name], 0.0

@@ -23,7 +23,8 @@ import onnx_ir as ir
 from onnxq.errors import DataError, SpecError
 from onnxq.graph.identity import fingerprint
 from onnxq.passes.contract import Context, Key, Pass, PassReport
-from onnxq.passes.decide.measure import Feeds, Metric, PlanMeter, Score, with_only
+from onnxq.passes.decide.chain import measure_each
+from onnxq.passes.decide.measure import Feeds, Metric, PlanMeter, Score
 from onnxq.passes.keys import PLAN, ROUNDED
 from onnxq.passes.plan import QuantPlan
 
@@ -103,8 +104,11 @@ class Sensitivity(Pass):
         missing = [site for site in sites if site not in scores]
         rounded = ctx.artifacts.get(ROUNDED) if ROUNDED in ctx.artifacts else None
         if missing:
-            with PlanMeter(model, ctx, samples, self.metric, rounded) as meter:
-                for site, score in self._measure(meter, plan, missing):
+            with (
+                PlanMeter(model, ctx, samples, self.metric, rounded) as meter,
+                ThreadPoolExecutor(self.workers) as pool,
+            ):
+                for site, score in measure_each(meter, model, plan, missing, pool):
                     cache.add(site, score)
                     scores[site] = score
                     ctx.progress("sensitivity", len(scores), len(sites))
@@ -114,17 +118,6 @@ class Sensitivity(Pass):
             report.change(site, "measured", found.scores[site].describe(self.metric))
         report.note(f"{len(samples)} samples, {resumed} of {len(sites)} layers from the cache")
         return report
-
-    def _measure(
-        self, meter: PlanMeter, plan: QuantPlan, sites: list[str]
-    ) -> Iterator[tuple[str, Score]]:
-        if self.workers == 1:
-            for site in sites:
-                yield site, meter.measure(with_only(plan, site))
-            return
-        with ThreadPoolExecutor(self.workers) as pool:
-            plans = (with_only(plan, site) for site in sites)
-            yield from zip(sites, pool.map(meter.measure, plans), strict=True)
 
 
 def take_samples(ctx: Context, count: int) -> list[Feeds]:

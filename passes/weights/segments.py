@@ -11,7 +11,7 @@ the stage behind its input. Nodes that depend on constants alone are copied to w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ import onnx_ir as ir
 
 from onnxq.errors import UnsupportedError
 from onnxq.graph.match import Linear
-from onnxq.graph.match.values import value_name
+from onnxq.graph.match.values import reads, value_name
 
 _CONSTANT = -1
 
@@ -90,36 +90,13 @@ def cut(graph: ir.Graph, layers: Sequence[Linear]) -> list[Stage]:
     return stages
 
 
-def _reads(node: ir.Node) -> Iterator[ir.Value]:
-    """What a node reads, inside of its subgraphs too, from outside of itself."""
-    for value in node.inputs:
-        if value is not None:
-            yield value
-    for attribute in node.attributes.values():
-        if attribute.is_ref():
-            continue
-        if attribute.type is ir.AttributeType.GRAPH:
-            yield from _captured(attribute.as_graph())
-        elif attribute.type is ir.AttributeType.GRAPHS:
-            for graph in attribute.as_graphs():
-                yield from _captured(graph)
-
-
-def _captured(graph: ir.Graph) -> Iterator[ir.Value]:
-    own = {*graph.inputs, *graph.initializers.values()}
-    own.update(v for node in graph for v in node.outputs)
-    for node in graph:
-        yield from (v for v in _reads(node) if v not in own)
-    yield from (v for v in graph.outputs if v not in own)
-
-
 def _levels(graph: ir.Graph, layers: Sequence[Linear]) -> dict[ir.Value, int]:
     chosen = {layer.node for layer in layers}
     levels: dict[ir.Value, int] = dict.fromkeys(graph.inputs, 0)
     for value in graph.initializers.values():
         levels[value] = _CONSTANT
     for node in graph:
-        level = max((levels[v] for v in _reads(node)), default=_CONSTANT)
+        level = max((levels[v] for v in reads(node)), default=_CONSTANT)
         for value in node.outputs:
             levels[value] = level + 1 if node in chosen else level
     return levels
@@ -134,7 +111,7 @@ def _needed(layers: Sequence[Linear]) -> set[ir.Node]:
         if node is None or node in found:
             continue
         found.add(node)
-        waiting.extend(value.producer() for value in _reads(node))
+        waiting.extend(value.producer() for value in reads(node))
     return found
 
 
@@ -145,7 +122,7 @@ def _close(stage: Stage, levels: Mapping[ir.Value, int], order: Mapping[ir.Node,
     waiting = list(stage.nodes)
     own = {v for node in stage.nodes for v in node.outputs}
     while waiting:
-        for value in _reads(waiting.pop()):
+        for value in reads(waiting.pop()):
             producer = value.producer()
             if levels[value] == _CONSTANT:
                 if producer is not None and producer not in constants:
@@ -183,7 +160,7 @@ def stage_model(
             proto.input[index] = f"{proto.input[index]}__rounded_{place}"
             tensor = onnx.numpy_helper.from_array(array, proto.input[index])
             initializers[proto.input[index]] = tensor
-        for number, value in enumerate(_reads(node)):
+        for number, value in enumerate(reads(node)):
             replaced = node in weights and number == weights[node][0]
             if value.is_initializer() and not replaced and value not in written:
                 name = value_name(value)

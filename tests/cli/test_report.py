@@ -6,6 +6,7 @@ import dataclasses
 import math
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import onnx
@@ -16,6 +17,7 @@ from onnxq.cli.report import drawings, page, write
 from onnxq.cli.report.precision import cells
 from onnxq.cli.view import CellView, HistogramView, RunView
 from onnxq.errors import DataError
+from onnxq.passes.contract import Curve
 
 _VOID = {"meta", "br", "link", "img", "hr", "input"}
 
@@ -189,3 +191,27 @@ def test_a_clamp_inside_of_integer_arithmetic_is_no_border() -> None:
         ("MatMul", "uint8", "static"),
         ("Relu", "float", "float"),
     ]
+
+
+def test_a_curve_is_drawn_in_its_scale() -> None:
+    """Points rise from left to right; the chosen one is ringed, the limit is level with its value."""
+    points = ((97.0, 1.0, "2 in float"), (98.0, 2.0, "1 in float"), (100.0, 4.0, "0 in float"))
+    view = Curve("Trade", "share, %", "drop, %", points, (98.0, 2.0), limit=2.0)
+    root = ElementTree.fromstring(drawings.curve(view))
+    line = next(e for e in root.iter() if e.get("class") == "curve").get("points", "")
+    spots = [tuple(map(float, pair.split(","))) for pair in line.split()]
+    (x0, y0), (x1, y1), (x2, y2) = spots
+    assert (x2 - x1) / (x1 - x0) == pytest.approx(2, rel=1e-2)
+    assert (y1 - y2) / (y0 - y1) == pytest.approx(2, rel=1e-2)
+    ring = next(e for e in root.iter() if e.get("class") == "ring")
+    assert (float(ring.get("cx", 0)), float(ring.get("cy", 0))) == pytest.approx((x1, y1))
+    limit = next(e for e in root.iter() if e.get("class") == "limit")
+    assert float(limit.get("y1", 0)) == pytest.approx(y1)
+
+
+def test_curves_of_a_pass_are_on_the_page(run_view: RunView) -> None:
+    view = Curve("Trade <off>", "x", "y", ((0.0, 1.0, "a"), (1.0, 2.0, "b")), (1.0, 2.0))
+    passes = [dataclasses.replace(run_view.passes[0], curves=[view])]
+    text = page(dataclasses.replace(run_view, passes=passes))
+    assert "<h3>Trade &lt;off&gt;</h3>" in text
+    assert 'class="ring"' in text

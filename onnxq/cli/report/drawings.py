@@ -7,10 +7,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from itertools import pairwise
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from onnxq.cli.console import size
 from onnxq.cli.view import CellView, ErrorView, HistogramView
+
+if TYPE_CHECKING:
+    from onnxq.passes.contract import Curve
 
 _GLYPHS: Final = {
     "MatMul": "M",
@@ -175,6 +178,60 @@ def layer_plot(layers: Sequence[ErrorView], worst: set[str]) -> str:
         f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
         f'aria-label="SQNR of each layer in dB">{"".join(parts)}</svg>'
     )
+
+
+def curve(view: Curve) -> str:
+    """The points of a trade-off, joined, with the chosen one ringed and the limit dashed."""
+    width, height, left, base = 960, 260, 62, 206
+    xs = [x for x, _, _ in view.points]
+    ys = [y for _, y, _ in view.points if math.isfinite(y)]
+    ys += [view.limit] if view.limit is not None else []
+    (x_lo, x_hi), (y_lo, y_hi) = _padded(xs), _padded(ys)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        y = min(max(y, y_lo), y_hi)
+        return (
+            left + (width - left - 12) * (x - x_lo) / (x_hi - x_lo),
+            10 + (base - 10) * (y_hi - y) / (y_hi - y_lo),
+        )
+
+    parts = []
+    for step in range(5):
+        x, y = x_lo + step * (x_hi - x_lo) / 4, y_lo + step * (y_hi - y_lo) / 4
+        at, level = place(x, y)
+        parts.append(
+            f'<line class="axis" x1="{left}" x2="{width}" y1="{level:.1f}" y2="{level:.1f}"/>'
+            f'<text x="{left - 6}" y="{level + 3.5:.1f}" text-anchor="end">{y:.4g}</text>'
+            f'<text x="{at:.1f}" y="{base + 16}" text-anchor="middle">{x:.4g}</text>'
+        )
+    spots = [place(x, y) for x, y, _ in view.points]
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
+    parts.append(f'<polyline class="curve" points="{line}"/>')
+    for (x, y), (_, value, what) in zip(spots, view.points, strict=True):
+        hint = escape(f"{what}: {value:.4g}")
+        parts.append(
+            f'<circle class="static" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{hint}</title></circle>'
+        )
+    x, y = place(*view.chosen)
+    parts.append(f'<circle class="ring" cx="{x:.1f}" cy="{y:.1f}" r="7"/>')
+    if view.limit is not None:
+        _, level = place(x_lo, view.limit)
+        parts.append(
+            f'<line class="limit" x1="{left}" x2="{width}" y1="{level:.1f}" y2="{level:.1f}"/>'
+        )
+    parts.append(f'<text x="{left}" y="{height - 18}">{escape(view.x_label)}</text>')
+    parts.append(f'<text x="{left}" y="{height - 3}">vertical: {escape(view.y_label)}</text>')
+    return (
+        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
+        f'aria-label="{escape(view.title, quote=True)}">{"".join(parts)}</svg>'
+    )
+
+
+def _padded(values: Sequence[float]) -> tuple[float, float]:
+    """Least and most, with some room on both sides."""
+    lo, hi = min(values, default=0.0), max(values, default=1.0)
+    room = 0.04 * (hi - lo) or 0.5
+    return lo - room, hi + room
 
 
 def histogram(view: HistogramView) -> str:

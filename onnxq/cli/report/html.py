@@ -142,6 +142,12 @@ def _passes(passes: Sequence[PassView]) -> str:
         '<div class="scroll"><table><thead><tr><th>pass</th><th class="n">changed</th>'
         '<th>what</th><th class="n wide-only">skipped</th><th class="n wide-only">s</th></tr>'
         f"</thead><tbody>{rows}</tbody></table></div>\n"
+        + "".join(
+            f"<h3>{escape(curve.title)}</h3><p>Trials of <span class=mono>{escape(p.spec)}</span>; "
+            f"the ring is what was chosen.</p>{drawings.curve(curve)}\n"
+            for p in passes
+            for curve in p.curves
+        )
     )
 
 

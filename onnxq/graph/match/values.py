@@ -65,6 +65,29 @@ def reads_type_only(node: ir.Node, value: ir.Value) -> bool:
     return is_op(node, "CastLike") and node.inputs[0] is not value
 
 
+def reads(node: ir.Node) -> Iterator[ir.Value]:
+    """What a node reads, inside of its subgraphs too, from outside of itself."""
+    for value in node.inputs:
+        if value is not None:
+            yield value
+    for attribute in node.attributes.values():
+        if attribute.is_ref():
+            continue
+        if attribute.type is ir.AttributeType.GRAPH:
+            yield from _captured(attribute.as_graph())
+        elif attribute.type is ir.AttributeType.GRAPHS:
+            for graph in attribute.as_graphs():
+                yield from _captured(graph)
+
+
+def _captured(graph: ir.Graph) -> Iterator[ir.Value]:
+    own = {*graph.inputs, *graph.initializers.values()}
+    own.update(v for node in graph for v in node.outputs)
+    for node in graph:
+        yield from (v for v in reads(node) if v not in own)
+    yield from (v for v in graph.outputs if v not in own)
+
+
 def value_name(value: ir.Value | None) -> str:
     """The value's name, or "" for a left-out input."""
     return "" if value is None else value.name or ""

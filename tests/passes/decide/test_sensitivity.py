@@ -1,4 +1,4 @@
-"""sensitivity and auto-partial on a chain with one layer that 8 bits break."""
+"""sensitivity, and partial with a budget, on a chain with one layer that 8 bits break."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import onnx_ir as ir
 import pytest
 
 from onnxq.errors import DataError, PipelineError, QualityError, SpecError
-from onnxq.passes.contract import Pass
+from onnxq.passes.contract import Curve, Pass
 from onnxq.passes.decide.assign import Assign
-from onnxq.passes.decide.auto_partial import AutoPartial
 from onnxq.passes.decide.calibrate import Calibrate
 from onnxq.passes.decide.measure import Score
 from onnxq.passes.decide.partial import Partial
@@ -110,11 +109,11 @@ def test_a_cache_of_another_run_is_refused(tmp_path: Path) -> None:
 def test_the_fewest_layers_are_left_in_float() -> None:
     target = measured([HURT]) - 0.05
     assert measured([]) < target
-    result = go(Sensitivity(), AutoPartial(min_sqnr=float(target)))
+    result = go(Sensitivity(), Partial(min_sqnr=float(target)))
     plan = result.artifacts.get(PLAN)
     assert list(plan.floats) == [HURT]
-    assert report_of(result, "auto-partial").changed[0].what == "stays float"
-    notes = report_of(result, "auto-partial").notes
+    assert report_of(result, "partial").changed[0].what == "stays float"
+    notes = report_of(result, "partial").notes
     assert any("1 layers in float" in note and "80.0%" in note for note in notes)
 
 
@@ -124,20 +123,25 @@ def test_the_search_finds_the_least_count_of_the_ranking(count: int) -> None:
     by_count = [measured(ranked[:n]) for n in range(LAYERS)]
     target = by_count[count] - 0.05
     least = next(n for n in range(LAYERS) if by_count[n] >= target)
-    result = go(Sensitivity(), AutoPartial(min_sqnr=float(target)))
-    assert len(result.artifacts.get(PLAN).floats) == least
+    result = go(Sensitivity(), Partial(min_sqnr=float(target)))
+    floats = result.artifacts.get(PLAN).floats
+    assert set(floats) <= set(ranked[:least])
+    assert ranked[least - 1] in floats, "the last one was needed"
+    assert measured(list(floats)) >= target
+    for site in floats:
+        assert measured([s for s in floats if s != site]) < target, "none can be given back"
 
 
 def test_a_budget_that_is_met_changes_nothing() -> None:
-    result = go(Sensitivity(), AutoPartial(min_sqnr=1.0))
+    result = go(Sensitivity(), Partial(min_sqnr=1.0))
     assert not result.artifacts.get(PLAN).floats
-    assert not report_of(result, "auto-partial").changed
+    assert [c.what for c in report_of(result, "partial").changed] == ["stay quantized"]
 
 
 def test_a_budget_that_cannot_be_met_says_how_near_it_came() -> None:
     best = max(measured([s]) for s in SITES)
     with pytest.raises(QualityError, match=f"best found is {best:.2f} dB with 1") as caught:
-        go(Sensitivity(), AutoPartial(min_sqnr=80.0, max_layers=1))
+        go(Sensitivity(), Partial(min_sqnr=80.0, max_layers=1))
     assert caught.value.code == "QUALITY-BUDGET"
 
 
@@ -189,15 +193,49 @@ def test_order_compute_prefers_cheap_layers() -> None:
     sites = {name: dataclasses.replace(plan.sites["m0"], site=name) for name in scores}
     plan = dataclasses.replace(plan, sites=sites)
     costs = {"big": 1000, "small": 10}
-    assert AutoPartial(min_sqnr=1.0)._rank(found, plan, costs) == ["big", "small"]
-    assert AutoPartial(min_sqnr=1.0, order="compute")._rank(found, plan, costs) == ["small", "big"]
+    assert Partial(min_sqnr=1.0)._rank(found, plan, costs) == ["big", "small"]
+    assert Partial(min_sqnr=1.0, order="compute")._rank(found, plan, costs) == ["small", "big"]
 
 
 def test_bad_options_and_order() -> None:
     for options in ({}, {"min_sqnr": 1.0, "max_kl": 1.0}, {"min_sqnr": 1.0, "samples": 0}):
         with pytest.raises(SpecError):
-            AutoPartial(**options)  # type: ignore[arg-type]
+            Partial(**options)  # type: ignore[arg-type]
     with pytest.raises(SpecError):
         Sensitivity(workers=0)
     with pytest.raises(PipelineError, match="sensitivity"):
-        go(AutoPartial(min_sqnr=1.0))
+        go(Partial(min_sqnr=1.0))
+
+
+def test_a_run_with_a_budget_shows_its_trials_as_a_curve() -> None:
+    target = measured([HURT]) - 0.05
+    report = report_of(go(Sensitivity(), Partial(min_sqnr=float(target))), "partial")
+    (curve,) = report.curves
+    assert curve.limit == target
+    assert curve.chosen == (pytest.approx(80.0), pytest.approx(measured([HURT]), abs=0.01))
+    by_share = {x: y for x, y, _ in curve.points}
+    assert by_share[100.0] == pytest.approx(measured([]), abs=0.01)
+    assert Curve.from_json(json.loads(json.dumps(dataclasses.asdict(curve)))) == curve
+
+
+def test_named_layers_are_left_in_float_before_the_budget_is_met() -> None:
+    target = measured([HURT, "m0"]) - 0.05
+    result = go(Sensitivity(), Partial(layers=("m0",), min_sqnr=float(target)))
+    floats = result.artifacts.get(PLAN).floats
+    assert floats["m0"] == "layers=m0"
+    assert set(floats) == {"m0", HURT}
+
+
+def test_the_distance_to_a_budget_is_told() -> None:
+    best = max(measured([s]) for s in SITES)
+    with pytest.raises(QualityError, match=r"80 dB|off") as caught:
+        go(Sensitivity(), Partial(min_sqnr=80.0, max_layers=1))
+    assert caught.value.details["distance"] == pytest.approx(80 - best, abs=0.01)
+
+
+def test_a_budget_needs_samples_and_names_do_not() -> None:
+    from onnxq.pipeline.validate import validate
+
+    with pytest.raises(PipelineError, match="data"):
+        validate([*HEAD[1:], Sensitivity(), Partial(min_sqnr=1.0)], has_data=False)
+    validate([Assign(mode="dynamic"), Partial(layers=("m0",))], has_data=False)

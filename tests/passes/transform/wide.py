@@ -79,6 +79,7 @@ def llama(
     tied: bool = True,
     kv_cache: bool = False,
     outlier: float = 1.0,
+    double: bool = True,
 ) -> ir.Model:
     """A random decoder in float64; ``outlier`` multiplies one channel of the residual stream."""
     rng = np.random.default_rng(0)
@@ -112,7 +113,8 @@ def llama(
         weights[f"{prefix}.post_attention_layernorm.weight"] = gamma()
     checkpoint = LlamaCheckpoint(config, weights, {})
     proto = build_llama(checkpoint, kv_cache=kv_cache, dtype="float32", metadata={})
-    return widen(ir.from_proto(proto))
+    model = ir.from_proto(proto)
+    return widen(model) if double else model
 
 
 def pre_layernorm(*, spelling: str = "operator", opset: int = 17, bias: bool = True) -> ir.Model:
