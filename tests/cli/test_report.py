@@ -194,7 +194,7 @@ def test_a_clamp_inside_of_integer_arithmetic_is_no_border() -> None:
 
 
 def test_a_curve_is_drawn_in_its_scale() -> None:
-    """Points rise from left to right; the chosen one is ringed, the limit is level with its value."""
+    """Points rise from left to right; the chosen one is ringed, the limit level with its value."""
     points = ((97.0, 1.0, "2 in float"), (98.0, 2.0, "1 in float"), (100.0, 4.0, "0 in float"))
     view = Curve("Trade", "share, %", "drop, %", points, (98.0, 2.0), limit=2.0)
     root = ElementTree.fromstring(drawings.curve(view))

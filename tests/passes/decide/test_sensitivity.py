@@ -6,13 +6,14 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
 from onnxq.errors import DataError, PipelineError, QualityError, SpecError
-from onnxq.passes.contract import Curve, Pass
+from onnxq.passes.contract import Context, Curve, Pass, PassReport
 from onnxq.passes.decide.assign import Assign
 from onnxq.passes.decide.calibrate import Calibrate
 from onnxq.passes.decide.measure import Score
@@ -236,6 +237,19 @@ def test_the_distance_to_a_budget_is_told() -> None:
 def test_a_budget_needs_samples_and_names_do_not() -> None:
     from onnxq.pipeline.validate import validate
 
-    with pytest.raises(PipelineError, match="data"):
-        validate([*HEAD[1:], Sensitivity(), Partial(min_sqnr=1.0)], has_data=False)
+    with pytest.raises(DataError, match="partial"):
+        apply(chain(), Assign(mode="dynamic"), _Known(), Partial(min_sqnr=1.0))
     validate([Assign(mode="dynamic"), Partial(layers=("m0",))], has_data=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Known(Pass):
+    """Provides sensitivities without samples."""
+
+    name: ClassVar[str] = "known"
+    summary: ClassVar[str] = ""
+    provides: ClassVar = (SENSITIVITY,)
+
+    def run(self, model: ir.Model, ctx: Context) -> PassReport:
+        ctx.artifacts.put(SENSITIVITY, Sensitivities("sqnr", {"m0": Score(10.0)}))
+        return PassReport()
