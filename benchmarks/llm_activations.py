@@ -151,9 +151,10 @@ def _w4() -> list[Case]:
 def _w4a4(cache: str = "") -> list[Case]:
     table = "w4a4kv4" if cache else "w4a4"
     kv = " cache=int4-asym" if cache else ""
-    rtn = f"assign{{mode=per-token {INT4} activations=int4{kv}}}, qdq"
-    gptq = f"calibrate, assign{{mode=per-token {INT4} activations=int4{kv}}}, gptq, qdq"
-    blocks = f"calibrate, assign{{mode=per-token {INT4} activations=int4g32{kv}}}, gptq, qdq"
+    assign = f"assign{{mode=per-token {INT4}{kv} activations="
+    rtn = assign + "int4-asym clip=0.9}, qdq"
+    gptq = f"calibrate, {assign}int4-asym clip=0.9}}, gptq, qdq"
+    blocks = f"calibrate, {assign}int4g32-asym}}, gptq, qdq"
     return [
         Case(table, "none, RTN", rtn, "none", table),
         Case(f"{table}-smooth", "smooth-quant, RTN", rtn, "smooth", table),
@@ -195,7 +196,7 @@ TABLES = {
     "w4a4kv4": "W4A4KV4 g32, one scale a token",
     "mx": "MXFP4 and NVFP4, weights and activations",
 }
-SEED_PASSES = f"assign{{mode=per-token {INT4} activations=int4}}, qdq"
+SEED_PASSES = f"assign{{mode=per-token {INT4} activations=int4-asym clip=0.9}}, qdq"
 QUICK = ("fp32", "naive", "best", "w4a4-learned", "nvfp4-block")
 
 PERPLEXITY = Column("perplexity", "perplexity", "perplexity", "lower", "{:.3f}")

@@ -29,12 +29,16 @@ from onnxq.graph.match import (
     Linear,
     Structure,
     analyze,
-    analyze_all,
     is_op,
 )
-from onnxq.graph.match.values import node_label, op_domain, value_dtype
+from onnxq.graph.match.values import value_dtype
 from onnxq.passes.contract import Context, Key, Pass, PassReport
 from onnxq.passes.decide.calibrate import RANGE_RULE
+from onnxq.passes.decide.explain import (
+    explain_floats,
+    explain_rejected,
+    explain_subgraphs,
+)
 from onnxq.passes.decide.integer_regions import (
     IntegerOp,
     find_integer_ops,
@@ -59,34 +63,8 @@ from onnxq.passes.targets import Target
 SMALL_TABLE = 65_536
 """Embedding tables below this many bytes stay float: nothing to gain."""
 
-FLOAT_REASONS = {
-    "norm": "stays float: there is no integer kernel, and its output needs the precision",
-    "activation": "stays float: there is no integer kernel",
-    "softmax": "stays float: a mask constant would set the range of its input",
-    "attention": "stays float: both operands are activations; little time, much error",
-    "residual": "stays float: an integer add loses accuracy and gains no speed",
-    "recurrent": "stays float: its weights are not those of a linear layer",
-}
-
 ONNX_BITS = (2, 4, 8, 16)
 """Widths of the integers that QuantizeLinear writes, and saturates to."""
-
-RECURRENT = ("LSTM", "GRU", "RNN")
-
-INTEGER_OPS = frozenset(
-    {
-        "ConvInteger",
-        "DynamicQuantizeLSTM",
-        "DynamicQuantizeMatMul",
-        "MatMulInteger",
-        "MatMulIntegerToFloat",
-        "MatMulNBits",
-        "QGemm",
-        "QLinearConv",
-        "QLinearMatMul",
-    }
-)
-"""Operators of the standard and of onnxruntime that hold integer weights already."""
 
 
 @dataclass(frozen=True)
@@ -250,9 +228,9 @@ class Assign(Pass):
             report.change(site.site, f"{site.kind}{weight} {site.mode}", site.why)
         for name, reason in plan.floats.items():
             report.skip(name, reason)
-        _explain_floats(structure, plan, report)
-        _explain_rejected(structure, report)
-        _explain_subgraphs(model, report)
+        explain_floats(structure, plan, report)
+        explain_rejected(structure, report)
+        explain_subgraphs(model, report)
         ctx.artifacts.put(PLAN, plan)
         return report
 
@@ -417,37 +395,3 @@ def _integer_format(name: str) -> IntFormat:
     if not isinstance(fmt, IntFormat):
         raise SpecError("SPEC-FORMAT", f"`{name}` is not an integer format")
     return fmt
-
-
-def _explain_floats(structure: Structure, plan: QuantPlan, report: PassReport) -> None:
-    """Say for everything that could be asked for why it stays float."""
-    planned = set(plan.sites)
-    for norm in structure.norms:
-        report.skip(norm.name, f"{norm.kind} {FLOAT_REASONS['norm']}")
-    for activation in structure.activations:
-        if activation.kind.startswith(("gelu", "silu")):
-            report.skip(activation.name, f"{activation.kind} {FLOAT_REASONS['activation']}")
-    for attention in structure.attentions:
-        report.skip(attention.name, f"softmax {FLOAT_REASONS['softmax']}")
-        report.skip(attention.name, f"attention MatMul {FLOAT_REASONS['attention']}")
-    for add in structure.residual_adds:
-        if add.name not in planned and add.name not in plan.floats:
-            report.skip(add.name, f"residual add {FLOAT_REASONS['residual']}")
-
-
-def _explain_rejected(structure: Structure, report: PassReport) -> None:
-    """Say of near misses, and of layers with weights that no pass treats, why they stay."""
-    for reject in structure.rejected:
-        if reject.what == "linear":
-            report.skip(reject.node, f"stays as it is: {reject.reason}")
-    for node in structure.graph:
-        if is_op(node, *RECURRENT):
-            report.skip(node_label(node), f"{node.op_type} {FLOAT_REASONS['recurrent']}")
-        elif node.op_type in INTEGER_OPS and op_domain(node) in ("", "com.microsoft"):
-            report.skip(node_label(node), f"{node.op_type} computes on integers already")
-
-
-def _explain_subgraphs(model: ir.Model, report: PassReport) -> None:
-    inner = sum(len(s.linears) for s in list(analyze_all(model))[1:])
-    if inner:
-        report.skip("If/Loop bodies", f"{inner} linear layers inside of subgraphs stay float")
