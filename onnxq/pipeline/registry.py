@@ -76,7 +76,13 @@ BUILTIN: Final[Mapping[str, Entry]] = {
         assign_format="AssignFormat",
     ),
     **_builtin(
-        "weights", sequential="Sequential", gptq="Gptq", gpfq="Gpfq", opt_rtn="OptRtn", hqq="Hqq"
+        "weights",
+        sequential="Sequential",
+        gptq="Gptq",
+        gpfq="Gpfq",
+        opt_rtn="OptRtn",
+        hqq="Hqq",
+        correct_bias="CorrectBias",
     ),
     **_builtin("lower", pack="Pack", qdq="Qdq", quantize_kv="QuantizeKv"),
 }

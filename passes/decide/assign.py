@@ -86,6 +86,7 @@ class Assign(Pass):
             codes reach.
         block: elements along the reduction axis that share a weight scale; 0: one scale an
             output channel.
+        weight_scales: one scale an output ``channel``, or one a ``tensor``, as some hardware wants.
         weight_method: how weight ranges are chosen.
         symmetric_weights: zero point in the middle of the weights' codes.
         embeddings: format of embedding tables, or ``float``.
@@ -103,6 +104,7 @@ class Assign(Pass):
     cache: str = "float"
     clip: float = 1.0
     block: int = 0
+    weight_scales: Literal["channel", "tensor"] = "channel"
     weight_method: Literal["minmax", "mse"] = "minmax"
     symmetric_weights: bool = True
     embeddings: str = "int8"
@@ -128,6 +130,12 @@ class Assign(Pass):
                 f"mode={self.mode} has one scale a channel; "
                 f"block={self.block or fmt.block} does not go with it",
                 "use mode=weight-only or mode=per-token, or leave block out",
+            )
+        if self.weight_scales == "tensor" and (self.mode in ANY_WEIGHT or self.block):
+            raise SpecError(
+                "SPEC-COMBINATION",
+                f"weight-scales=tensor is for mode=static and mode=dynamic, not mode={self.mode}",
+                "leave weight-scales out",
             )
         if self.mode == "dynamic" and fmt.bits != 8:
             raise SpecError(
@@ -243,7 +251,9 @@ class Assign(Pass):
             return
         static = self.mode == "static"
         output = str(output_of_conv(linear).name) if static and linear.kind == "conv" else ""
-        per_channel = target.per_channel_matmul or linear.kind == "conv"
+        per_channel = self.weight_scales == "channel" and (
+            target.per_channel_matmul or linear.kind == "conv"
+        )
         plan.add(
             SitePlan(
                 linear.name,

@@ -222,3 +222,13 @@ def test_a_plan_survives_storage() -> None:
     again = QuantPlan.from_storage(json.loads(json.dumps(header)), arrays)
     assert again == plan
     assert list(again.sites) == list(plan.sites)
+
+
+def test_weights_may_have_one_scale_a_tensor() -> None:
+    made = h.apply(
+        cnn(), Canonicalize(), Calibrate(), Assign(weight_scales="tensor"), samples=CNN_FEEDS
+    )
+    sites = made.artifacts.get(PLAN).sites.values()
+    assert {s.weight.per_channel for s in sites if s.weight is not None} == {False}
+    with pytest.raises(SpecError, match="weight-scales=tensor"):
+        Assign(mode="weight-only", weight_scales="tensor")
