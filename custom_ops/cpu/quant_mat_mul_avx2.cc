@@ -13,69 +13,75 @@ ONNXQ_INLINE inline __m256i Broadcast4(const int8_t* q) {
   return _mm256_set1_epi32(four);
 }
 
-// How unsigned weights meet signed activations. maddubs adds two products in 16 bits, saturating:
-// kShort: 8 steps of weights up to 16 fit in 16 bits (8 * 2 * 16 * 127 = 32512);
-// kByte:  one step of weights up to 128 does (2 * 128 * 127 = 32512);
-// kWide:  larger ones are widened to 16 bits first.
-enum class Width : int { kShort, kByte, kWide };
+// Steps whose products of weights up to `top` and activations fit in 16 bits: maddubs adds two
+// products, saturating. 8 for INT4, 5 for MXFP4; none above 128.
+int64_t ShortSteps(uint8_t top) { return INT16_MAX / (2 * INT8_MAX * std::max<int64_t>(top, 1)); }
 
-Width WidthOf(uint8_t top) {
-  return top <= 16 ? Width::kShort : top <= 128 ? Width::kByte : Width::kWide;
+// sum += a * b, two products a lane of 16 bits. In assembly, because gcc 12 would do all products
+// of a step first and then lack registers for the sums.
+ONNXQ_INLINE inline void AddShort(__m256i* sum, __m256i a, __m256i b) {
+  __m256i both = *sum;
+  __m256i product;
+  asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(both), "=&x"(product) : "x"(a), "x"(b));
+  *sum = both;
 }
 
 // acc[r][v] += weights(i)[v] * q[r] over all steps; `load(i, b)` gives the weights of two vectors.
-template <Width width, int rows, class LoadWeights>
-ONNXQ_INLINE inline void Steps(const int8_t* q, int64_t q_stride, int64_t steps,
-                               __m256i (&acc)[rows][2], const LoadWeights& load) {
+// Up to `run` steps are summed in 16 bits.
+template <int rows, class LoadWeights>
+ONNXQ_INLINE inline void ShortRuns(int64_t run, const int8_t* q, int64_t q_stride, int64_t steps,
+                                   __m256i (&acc)[rows][2], const LoadWeights& load) {
   const __m256i ones = _mm256_set1_epi16(1);
-  constexpr int64_t kRun = width == Width::kShort ? 8 : 1;
-  __m256i b[2];
   for (int64_t i = 0; i < steps;) {
-    if constexpr (width == Width::kWide) {
+    __m256i sum[rows][2];
+    Each<rows>([&](auto r) ONNXQ_INLINE { sum[r][0] = sum[r][1] = _mm256_setzero_si256(); });
+#pragma GCC unroll 2
+    for (const int64_t end = std::min(steps, i + run); i < end; ++i) {
+      __m256i b[2];
       load(i, b);
-      const __m256i low = _mm256_set1_epi16(255);
-      const __m256i even[2] = {_mm256_and_si256(b[0], low), _mm256_and_si256(b[1], low)};
-      const __m256i odd[2] = {_mm256_srli_epi16(b[0], 8), _mm256_srli_epi16(b[1], 8)};
       Each<rows>([&](auto r) ONNXQ_INLINE {
         const __m256i a = Broadcast4(q + r * q_stride + 4 * i);
-        const __m256i a_even = _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8);
-        const __m256i a_odd = _mm256_srai_epi16(a, 8);
-        Each<2>([&](auto v) ONNXQ_INLINE {
-          acc[r][v] = _mm256_add_epi32(acc[r][v], _mm256_madd_epi16(even[v], a_even));
-          acc[r][v] = _mm256_add_epi32(acc[r][v], _mm256_madd_epi16(odd[v], a_odd));
-        });
-      });
-      ++i;
-    } else {
-      __m256i run[rows][2];
-      Each<rows>([&](auto r) ONNXQ_INLINE { run[r][0] = run[r][1] = _mm256_setzero_si256(); });
-      for (const int64_t end = std::min(steps, i + kRun); i < end; ++i) {
-        load(i, b);
-        Each<rows>([&](auto r) ONNXQ_INLINE {
-          const __m256i a = Broadcast4(q + r * q_stride + 4 * i);
-          run[r][0] = _mm256_add_epi16(run[r][0], _mm256_maddubs_epi16(b[0], a));
-          run[r][1] = _mm256_add_epi16(run[r][1], _mm256_maddubs_epi16(b[1], a));
-        });
-      }
-      Each<rows>([&](auto r) ONNXQ_INLINE {
-        Each<2>([&](auto v) ONNXQ_INLINE {
-          acc[r][v] = _mm256_add_epi32(acc[r][v], _mm256_madd_epi16(run[r][v], ones));
-        });
+        AddShort(&sum[r][0], b[0], a);
+        AddShort(&sum[r][1], b[1], a);
       });
     }
+    Each<rows>([&](auto r) ONNXQ_INLINE {
+      Each<2>([&](auto v) ONNXQ_INLINE {
+        acc[r][v] = _mm256_add_epi32(acc[r][v], _mm256_madd_epi16(sum[r][v], ones));
+      });
+    });
+  }
+}
+
+// The same with weights above 128, which are widened first.
+template <int rows, class LoadWeights>
+ONNXQ_INLINE inline void WideSteps(const int8_t* q, int64_t q_stride, int64_t steps,
+                                   __m256i (&acc)[rows][2], const LoadWeights& load) {
+  const __m256i low = _mm256_set1_epi16(255);
+  for (int64_t i = 0; i < steps; ++i) {
+    __m256i b[2];
+    load(i, b);
+    const __m256i even[2] = {_mm256_and_si256(b[0], low), _mm256_and_si256(b[1], low)};
+    const __m256i odd[2] = {_mm256_srli_epi16(b[0], 8), _mm256_srli_epi16(b[1], 8)};
+    Each<rows>([&](auto r) ONNXQ_INLINE {
+      const __m256i a = Broadcast4(q + r * q_stride + 4 * i);
+      const __m256i a_even = _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8);
+      const __m256i a_odd = _mm256_srai_epi16(a, 8);
+      Each<2>([&](auto v) ONNXQ_INLINE {
+        acc[r][v] = _mm256_add_epi32(acc[r][v], _mm256_madd_epi16(even[v], a_even));
+        acc[r][v] = _mm256_add_epi32(acc[r][v], _mm256_madd_epi16(odd[v], a_odd));
+      });
+    });
   }
 }
 
 template <int rows, class LoadWeights>
-void Steps(Width width, const int8_t* q, int64_t q_stride, int64_t steps, __m256i (&acc)[rows][2],
-           const LoadWeights& load) {
-  switch (width) {
-    case Width::kShort:
-      return Steps<Width::kShort>(q, q_stride, steps, acc, load);
-    case Width::kByte:
-      return Steps<Width::kByte>(q, q_stride, steps, acc, load);
-    case Width::kWide:
-      return Steps<Width::kWide>(q, q_stride, steps, acc, load);
+ONNXQ_INLINE inline void Steps(int64_t run, const int8_t* q, int64_t q_stride, int64_t steps,
+                               __m256i (&acc)[rows][2], const LoadWeights& load) {
+  if (run > 0) {
+    ShortRuns(run, q, q_stride, steps, acc, load);
+  } else {
+    WideSteps(q, q_stride, steps, acc, load);
   }
 }
 
@@ -111,9 +117,10 @@ struct Avx2 {
   template <int rows, int panels>
   ONNXQ_NOINLINE static void Int8Rows(const Int8Tile& t) {
     constexpr int64_t kWidth = panels * kPanel;
+    const int64_t run = ShortSteps(t.top);
     int64_t step = 0;
     for (int64_t piece = 0; piece < t.piece_count; ++piece) {
-      const Piece& now = t.pieces[piece];
+      const Piece now = t.pieces[piece];
       for (int64_t c = 0; c < kWidth; c += kPair) {
         __m256i acc[rows][2];
         Each<rows>([&](auto r) ONNXQ_INLINE {
@@ -127,22 +134,25 @@ struct Avx2 {
           });
         });
         const uint8_t* bytes = t.panels[c / kPanel] + step * 128 + c % kPanel * 4;
-        Steps(WidthOf(t.top), t.q + 4 * step, t.q_stride, now.steps, acc,
-              [bytes](int64_t i, __m256i(&b)[2]) {
+        Steps(run, t.q + 4 * step, t.q_stride, now.steps, acc,
+              [bytes](int64_t i, __m256i(&b)[2]) ONNXQ_INLINE {
                 b[0] = Load(bytes + i * 128);
                 b[1] = Load(bytes + i * 128 + 32);
               });
+        if (!now.last) {
+          Each<rows>([&](auto r) ONNXQ_INLINE {
+            Store(t.group + r * kWidth + c, acc[r][0]);
+            Store(t.group + r * kWidth + c + kLanes, acc[r][1]);
+          });
+          continue;
+        }
+        const float* scales = t.scales + piece * kWidth + c;
+        const __m256 scale[2] = {_mm256_load_ps(scales), _mm256_load_ps(scales + kLanes)};
         Each<rows>([&](auto r) ONNXQ_INLINE {
           Each<2>([&](auto v) ONNXQ_INLINE {
-            const int64_t at = c + v * kLanes;
-            if (now.last) {
-              float* sum = t.sums + r * kWidth + at;
-              const __m256 scale = _mm256_load_ps(t.scales + piece * kWidth + at);
-              _mm256_store_ps(
-                  sum, _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[r][v]), scale, _mm256_load_ps(sum)));
-            } else {
-              Store(t.group + r * kWidth + at, acc[r][v]);
-            }
+            float* sum = t.sums + r * kWidth + c + v * kLanes;
+            const __m256 dot = _mm256_cvtepi32_ps(acc[r][v]);
+            _mm256_store_ps(sum, _mm256_fmadd_ps(dot, scale[v], _mm256_load_ps(sum)));
           });
         });
       }
@@ -155,7 +165,7 @@ struct Avx2 {
     const QuantWeights& w = *p.weights;
     constexpr int64_t kBytes = StepBytes(kind);
     const __m256i table = Table(w);
-    const Width width = WidthOf(w.top);
+    const int64_t run = ShortSteps(w.top);
     __m256 sum[4];
     for (__m256& s : sum) s = _mm256_setzero_ps();
     for (int64_t g = 0; g < w.groups; ++g) {
@@ -173,7 +183,7 @@ struct Avx2 {
                 _mm256_mullo_epi32(acc[0][v], _mm256_sub_epi32(_mm256_set1_epi32(w.offset), zero));
           }
         });
-        Steps(width, p.q + 4 * first, 0, steps, acc, [&](int64_t i, __m256i(&b)[2]) {
+        Steps(run, p.q + 4 * first, 0, steps, acc, [&](int64_t i, __m256i(&b)[2]) {
           LoadStep<kind>(w, codes + i * kBytes, h, table, b);
         });
         Each<2>([&](auto v) ONNXQ_INLINE {
