@@ -156,7 +156,7 @@ def ort_w4(options: Options) -> None:
     """``MatMulNBitsQuantizer``: ``model``, ``out``; int8 arithmetic.
 
     ``block`` (32), ``symmetric`` (true), ``method`` (``default`` or ``hqq``), ``exclude``: nodes
-    that stay float.
+    that stay float; ``external``: save the weights in a file beside the model.
     """
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import (
@@ -177,7 +177,9 @@ def ort_w4(options: Options) -> None:
         nodes_to_exclude=options.get("exclude", []),
     )
     quantizer.process()
-    quantizer.model.save_model_to_file(options["out"])
+    quantizer.model.save_model_to_file(
+        options["out"], use_external_data_format=options.get("external", False)
+    )
 
 
 class _Reader:

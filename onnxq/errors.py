@@ -58,6 +58,10 @@ class OnnxqError(Exception):
         self.hint = hint
         self.details = details
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions are rebuilt from ``args``, which holds the cause alone; workers send them home.
+        return _rebuilt, (type(self), self.code, self.cause, self.hint), self.__dict__
+
     def __str__(self) -> str:
         return f"[{self.code}] {self.cause}" + self._hint_line()
 
@@ -73,6 +77,10 @@ class OnnxqError(Exception):
             "exit_code": self.exit_code,
             **self.details,
         }
+
+
+def _rebuilt(kind: type[OnnxqError], code: str, cause: str, hint: str) -> OnnxqError:
+    return kind(code, cause, hint)
 
 
 class SpecError(OnnxqError):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from onnxq.calibration.data import CalibrationData
     from onnxq.calibration.requests import StatRequest
     from onnxq.passes.targets import Target
+    from onnxq.passes.work import Executor
 
 T = TypeVar("T")
 
@@ -246,6 +247,7 @@ class Context:
         threads: for onnxruntime sessions that a pass creates.
         progress: called by passes that take more than a second.
         budget: asked before each rewrite, so that a bad one can be found.
+        executor: takes independent tasks; None to run them here.
     """
 
     artifacts: DeclaredArtifacts
@@ -258,6 +260,7 @@ class Context:
     threads: int = 1
     progress: Progress = no_progress
     budget: Budget = field(default_factory=Budget)
+    executor: Executor | None = None
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,8 @@ def _run(model: Path, passes: str, output: Path, options: Mapping[str, Any]) -> 
             target=options["target"],
             seed=options["seed"],
             threads=options["threads"],
+            jobs=options["jobs"],
+            cluster=options["cluster"],
             min_cosine=options["min_cosine"],
             keep_bad=options["force"],
             allow_noop=options["allow_noop"],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,20 @@ def spilled(array: npt.NDArray[Any]) -> npt.NDArray[Any] | ir.TensorProtocol:
     Raises:
         DataError: the temporary folder cannot be written.
     """
-    return _on_disk(array, None) if array.nbytes >= LARGE else array
+    return _on_disk([array], array.dtype, array.shape) if array.nbytes >= LARGE else array
+
+
+def spilled_parts(
+    parts: Iterable[npt.NDArray[Any]], dtype: np.dtype[Any], shape: tuple[int, ...]
+) -> npt.NDArray[Any] | ir.TensorProtocol:
+    """The same for an array that comes in parts, one behind the other along its first axis.
+
+    Raises:
+        DataError: the temporary folder cannot be written.
+    """
+    if math.prod(shape) * dtype.itemsize >= LARGE:
+        return _on_disk(parts, dtype, shape)
+    return np.concatenate([np.ascontiguousarray(part, dtype) for part in parts]).reshape(shape)
 
 
 def spill_new_tensors(model: ir.Model, reference: ir.Model) -> None:
@@ -41,17 +56,23 @@ def spill_new_tensors(model: ir.Model, reference: ir.Model) -> None:
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
             continue
         if id(tensor) not in moved:
-            moved[id(tensor)] = _on_disk(array, tensor.name)
+            moved[id(tensor)] = _on_disk([array], array.dtype, array.shape, tensor.name)
         replace(moved[id(tensor)])
 
 
-def _on_disk(array: npt.NDArray[Any], name: str | None) -> ir.TensorProtocol:
-    """``array`` as a tensor in a file that goes when the tensor does."""
+def _on_disk(
+    parts: Iterable[npt.NDArray[Any]],
+    dtype: np.dtype[Any],
+    shape: tuple[int, ...],
+    name: str | None = None,
+) -> ir.TensorProtocol:
+    """An array as a tensor in a file that goes when the tensor does."""
     folder = tempfile.TemporaryDirectory(prefix="onnxq-spill-")
     path = Path(folder.name) / "data"
-    with reported(path):
-        array.tofile(path)
-    dtype, shape = array.dtype, array.shape
+    with path.open("wb") as file:
+        for part in parts:
+            with reported(path):
+                np.ascontiguousarray(part, dtype).tofile(file)
 
     def read(kept: object = folder) -> ir.TensorProtocol:
         assert kept is folder

@@ -22,6 +22,7 @@ from onnxq.passes.contract import Pass, Progress, no_progress
 from onnxq.passes.targets import parse_target
 from onnxq.pipeline import recipes
 from onnxq.pipeline.compare import Comparison, compare_models
+from onnxq.pipeline.executors import open_executor
 from onnxq.pipeline.overwrite import refuse_overwrite
 from onnxq.pipeline.runner import Pipeline, RunResult, StepResult
 from onnxq.pipeline.samples import Split, split_holdout
@@ -172,6 +173,8 @@ def run(
     seed: int | None = None,
     holdout: int = HOLDOUT,
     threads: int | None = None,
+    jobs: int = 1,
+    cluster: str | None = None,
     min_cosine: float | None = None,
     keep_bad: bool = False,
     allow_noop: bool = False,
@@ -199,6 +202,8 @@ def run(
         seed: the only source of randomness; by default the recipe's, else 0.
         holdout: samples that are not calibrated on, for the comparison.
         threads: for onnxruntime; by default all CPUs that this process may use.
+        jobs: processes that passes may give independent work to.
+        cluster: address of a dask scheduler that takes it instead, as ``tcp://host:8786``.
         min_cosine: least mean cosine of every output with the original's.
         keep_bad: write the output even if it is below ``min_cosine`` or broken; the error is
             raised all the same.
@@ -238,19 +243,21 @@ def run(
             "a least cosine was asked for, and there are no samples to measure it on",
             "give data with --calib (calib= in Python)",
         )
-    result = plan.pipeline.run(
-        plan.model,
-        data=plan.split.calibration,
-        holdout=plan.split.compare,
-        target=plan.target,
-        seed=plan.seed,
-        threads=plan.threads,
-        hooks=hooks,
-        verify=verify,
-        dump_dir=dump_dir,
-        resume=resume,
-        progress=tell,
-    )
+    with open_executor(jobs, cluster) as executor:
+        result = plan.pipeline.run(
+            plan.model,
+            data=plan.split.calibration,
+            holdout=plan.split.compare,
+            target=plan.target,
+            seed=plan.seed,
+            threads=plan.threads,
+            hooks=hooks,
+            verify=verify,
+            dump_dir=dump_dir,
+            resume=resume,
+            progress=tell,
+            executor=executor,
+        )
     if not allow_noop:
         _check_noops(plan, result)
     with staging(output) as folder:

@@ -36,6 +36,7 @@ from onnxq.pipeline.validate import validate
 
 if TYPE_CHECKING:
     from onnxq.calibration.data import CalibrationData
+    from onnxq.passes.work import Executor
     from onnxq.pipeline.registry import Registry
     from onnxq.runtime.workspace import Sample
 
@@ -116,6 +117,7 @@ class Settings:
     seed: int = 0
     threads: int = 1
     progress: Progress = no_progress
+    executor: Executor | None = None
 
 
 class Pipeline:
@@ -155,6 +157,7 @@ class Pipeline:
         dump_dir: str | os.PathLike[str] | None = None,
         resume: bool = False,
         progress: Progress | None = None,
+        executor: Executor | None = None,
     ) -> RunResult:
         """Run all passes on a copy of ``model``.
 
@@ -171,6 +174,7 @@ class Pipeline:
             dump_dir: folder for the model, report and artifacts after each pass.
             resume: go on behind the last complete pass in ``dump_dir``.
             progress: called as passes proceed.
+            executor: takes the heavy work of passes, see :func:`onnxq.pipeline.executors`.
 
         Raises:
             PipelineError: the order of the passes cannot work.
@@ -185,6 +189,7 @@ class Pipeline:
             seed=seed,
             threads=threads,
             progress=progress or no_progress,
+            executor=executor,
         )
         reference = model if isinstance(model, ir.Model) else io.load(model)
         # Before the passes run: they share the input's tensors, and may name those without a name.
@@ -263,6 +268,7 @@ def apply_pass(
         threads=settings.threads,
         progress=settings.progress,
         budget=budget or Budget(),
+        executor=settings.executor,
     )
     # Passes solve many small systems, on which waiting BLAS threads cost more than they give.
     with threadpool_limits(limits=1, user_api="blas"):

@@ -12,6 +12,8 @@ all else                       a model-local function (:mod:`onnxq.passes.lower.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +25,13 @@ from onnxq.formats.integer import Scheme
 from onnxq.formats.packing import pack_bits
 from onnxq.graph.edit import Names, add_initializer, insert_before, replace_value
 from onnxq.graph.match import Linear
-from onnxq.graph.spill import spilled
+from onnxq.graph.spill import spilled, spilled_parts
 from onnxq.passes.lower.decode import lower_to_decode
 from onnxq.passes.lower.weights import (
     CHUNK,
     grid_format,
     integer_format,
+    nearest_parts,
     quantize_weight,
     take_rounded,
     to_nearest,
@@ -38,6 +41,8 @@ from onnxq.passes.naming import about
 from onnxq.passes.plan import SitePlan, WeightPlan
 from onnxq.passes.targets import Target
 from onnxq.passes.weights.rounded import RoundedWeight
+
+Array = npt.NDArray[Any]
 
 CONTRIB = "com.microsoft"
 NBITS = (2, 4, 8)
@@ -96,9 +101,8 @@ def _lower(
 
 
 def _rows(linear: Linear) -> npt.NDArray[np.float32]:
-    """The weight as ``[N, K]``."""
-    array, in_axis, _ = weight_as_read(linear)
-    return array if in_axis == 1 else np.ascontiguousarray(array.T)
+    """The weight as ``[N, K]``; a view of how it is stored."""
+    return linear.w if linear.in_axis == 1 else linear.w.T
 
 
 def _lower_to_nbits(
@@ -106,31 +110,43 @@ def _lower_to_nbits(
 ) -> str:
     graph = model.graph
     names = Names(graph)
+    parts: Iterable[RoundedWeight]
     if rounded is None:
         # Signed scales put the largest weight on the lowest code: up to 1 dB at 4 bits.
         scheme: Scheme = "full" if plan.symmetric else "asym"
         fmt = dataclasses.replace(integer_format(plan.format), block=0, scheme=scheme)
-        rounded = to_nearest(_rows(linear), fmt, plan)
+        parts = nearest_parts(_rows(linear), fmt, plan)
+    else:
+        parts = [rounded]
     base = f"{linear.name}_weight"
     # MatMulNBits reads unsigned codes: a signed format's zero becomes the middle.
     shift = 1 << (bits - 1) if integer_format(plan.format).signed else 0
+    found: tuple[list[Array], list[Array]] = ([], [])
+
+    def pack() -> Iterator[Array]:
+        for part in parts:
+            # The kernel subtracts zero points in float: only a scale of 0 makes a block of zeros
+            # exact.
+            found[0].append(np.where(_is_zero(part, plan.block), np.float32(0), part.scale))
+            found[1].append(part.zero_point)
+            yield _pack_blocks(part.codes, shift, plan.block, bits)
+
+    blocks = -(-linear.in_features // plan.block)
+    shape = (linear.out_features, blocks, plan.block * bits // 8)
     packed = add_initializer(
-        graph,
-        names.fresh(f"{base}_packed"),
-        spilled(_pack_blocks(rounded.codes, shift, plan.block, bits)),
+        graph, names.fresh(f"{base}_packed"), spilled_parts(pack(), np.dtype(np.uint8), shape)
     )
-    # The kernel subtracts zero points in float: only a scale of 0 makes a block of zeros exact.
-    scale = np.where(_is_zero(rounded, plan.block), 0, rounded.scale)
-    scales = add_initializer(graph, names.fresh(f"{base}_scale"), spilled(scale.astype(np.float32)))
+    scale, zeros = np.concatenate(found[0]), np.concatenate(found[1])
+    scales = add_initializer(graph, names.fresh(f"{base}_scale"), spilled(scale))
     zero = None
-    if rounded.zero_point.dtype == np.float32:
-        real = rounded.zero_point.astype(np.float32) + np.float32(shift)
+    if zeros.dtype == np.float32:
+        real = zeros.astype(np.float32) + np.float32(shift)
         zero = add_initializer(graph, names.fresh(f"{base}_zero_point"), real)
     elif not plan.symmetric:
         zero = add_initializer(
             graph,
             names.fresh(f"{base}_zero_point"),
-            _pack_zero_points(rounded.zero_point.astype(np.int16) + shift, bits),
+            _pack_zero_points(zeros.astype(np.int16) + shift, bits),
         )
     bias = None
     if linear.b is not None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +21,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from onnxq.calibration.sessions import Session
 from onnxq.errors import DataError, InternalError, SpecError
-from onnxq.formats import Format
+from onnxq.formats import Format, Params
 from onnxq.graph import io
 from onnxq.graph.atomic import reported, temporary_for
 from onnxq.graph.match import Linear, analyze
@@ -31,40 +30,31 @@ from onnxq.graph.match.values import value_name
 from onnxq.passes.contract import Context, Pass, PassReport
 from onnxq.passes.keys import PLAN, ROUNDED
 from onnxq.passes.lower.weights import weight_as_read
-from onnxq.passes.naming import about
 from onnxq.passes.weights.rounded import RoundedWeight, RoundedWeights
-from onnxq.passes.weights.rounding import (
-    Array,
-    format_of,
-    quality,
-    rows_of,
-    searched_scales,
-)
+from onnxq.passes.weights.rounding import Array, format_of, rows_of, searched_scales
 from onnxq.passes.weights.segments import Stage, cut, stage_model
-from onnxq.passes.weights.stream import Stream
+from onnxq.passes.weights.stream import (
+    MomentTask,
+    StageTask,
+    Stream,
+    run_stage,
+    sum_moments,
+)
+from onnxq.passes.weights.tasks import LayerTask, Moments, round_layer, round_task
+from onnxq.passes.work import WeightRef, run_tasks
 from onnxq.solvers.gpfq import gpfq
 from onnxq.solvers.gptaq import gptaq
 from onnxq.solvers.gptq import gptq
 from onnxq.solvers.grid import Solution
 from onnxq.solvers.qronos import qronos
+from onnxq.solvers.refine import refine
 from onnxq.solvers.scale_search import opt_rtn
 
 Solver = Literal["gptq", "gptaq", "qronos", "gpfq", "opt-rtn"]
 
+SAMPLES_PER_TASK = 4
+
 _TWO_STREAMS = ("gptaq", "qronos", "gpfq")
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Of the input of one or more layers, over all samples.
-
-    Attributes:
-        gram: ``[K, K]`` sum of ``y y^T``, y as it comes through the rounded layers.
-        cross: ``[K, K]`` sum of ``x y^T``, x that of the float model; None without it.
-    """
-
-    gram: Array
-    cross: Array | None
 
 
 @dataclass(frozen=True)
@@ -76,6 +66,10 @@ class Sequential(Pass):
         damping: share of the mean diagonal that is added to the Hessian's diagonal.
         act_order: round the columns with the largest activations first.
         alpha: share of the inputs' error that ``gptaq`` undoes.
+        sweeps: times that each layer is gone over again afterwards (:mod:`onnxq.solvers.refine`);
+            not for ``opt-rtn``.
+        token_cap: tokens whose input has more than this many times the median energy of their
+            sample are scaled down to it; 0 for none.
         cache: folder in which finished stages are kept; a run with the same model, data and plan
             goes on behind the last of them.
     """
@@ -92,6 +86,8 @@ class Sequential(Pass):
     damping: float = 0.01
     act_order: bool = True
     alpha: float = 0.25
+    sweeps: int = 2
+    token_cap: float = 8.0
     cache: str = ""
 
     def __post_init__(self) -> None:
@@ -99,6 +95,10 @@ class Sequential(Pass):
             raise SpecError("SPEC-RANGE", f"damping={self.damping} is not above 0 and at most 1")
         if not 0.0 <= self.alpha <= 1.0:
             raise SpecError("SPEC-RANGE", f"alpha={self.alpha} is not between 0 and 1")
+        if self.sweeps < 0 or self.token_cap < 0:
+            raise SpecError(
+                "SPEC-RANGE", f"sweeps={self.sweeps} token-cap={self.token_cap}: below 0"
+            )
 
     def candidates(self, model: ir.Model) -> list[str]:
         """MatMul and Gemm layers."""
@@ -136,7 +136,7 @@ class Sequential(Pass):
             "model": io.fingerprint(model),
             "data": ctx.data.digest(),
             "plan": ctx.artifacts.get(PLAN).to_storage()[0],
-            "options": [self.solver, self.damping, self.act_order, self.alpha],
+            "options": {k: v for k, v in vars(self).items() if k != "cache"},
         }
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
         folder = Path(self.cache) / key
@@ -144,36 +144,44 @@ class Sequential(Pass):
             folder.mkdir(parents=True, exist_ok=True)
         return nullcontext(str(folder))
 
-    def solve(self, rows: Array, moments: Moments, fmt: Format, group: int) -> Solution:
-        """Codes and scales for layers with equal inputs, one below the other.
-
-        Args:
-            rows: ``[N, K]``.
-            moments: of their input.
-            fmt: the format, its scheme included.
-            group: columns that share a scale; 0 for the whole row.
-        """
+    def round_rows(self, rows: Array, moments: Moments | None, fmt: Format, group: int) -> Solution:
+        """Codes and scales for one layer, ``rows [N, K]``."""
+        assert moments is not None
         gram, cross = moments.gram, moments.cross
         if self.solver == "opt-rtn":
             return opt_rtn(rows, fmt, group=group, importance=np.diag(gram).astype(np.float32))
         params = searched_scales(rows, gram, fmt, group)
+        mismatch = None if cross is None else cross - gram
+        found, alpha = self._first(rows, gram, mismatch, fmt, group, params)
+        return refine(
+            rows, gram, found, D=mismatch, alpha=alpha, damp=self.damping, sweeps=self.sweeps
+        )
+
+    def _first(
+        self,
+        rows: Array,
+        gram: Array,
+        mismatch: Array | None,
+        fmt: Format,
+        group: int,
+        params: Params,
+    ) -> tuple[Solution, float]:
+        """The solver's result, and the share of the inputs' error that it undoes."""
+        order, damp = self.act_order, self.damping
+        cross = None if mismatch is None else gram + mismatch
         if self.solver == "gpfq":
-            return gpfq(rows, gram, fmt, G=cross, group=group, params=params)
+            return gpfq(rows, gram, fmt, G=cross, group=group, params=params), 1.0
         if self.solver == "qronos":
             return qronos(
-                rows, gram, fmt, G=cross, group=group, act_order=self.act_order,
-                params=params, damp=self.damping,
-            )  # fmt: skip
+                rows, gram, fmt, G=cross, group=group, act_order=order, params=params, damp=damp
+            ), 1.0
         if self.solver == "gptaq":
-            assert cross is not None
+            assert mismatch is not None
             return gptaq(
-                rows, gram, cross - gram, fmt, group=group, alpha=self.alpha,
-                act_order=self.act_order, params=params, damp=self.damping,
-            )  # fmt: skip
-        return gptq(
-            rows, gram, fmt, group=group, act_order=self.act_order, params=params,
-            damp=self.damping,
-        )  # fmt: skip
+                rows, gram, mismatch, fmt, group=group, alpha=self.alpha, act_order=order,
+                params=params, damp=damp,
+            ), self.alpha  # fmt: skip
+        return gptq(rows, gram, fmt, group=group, act_order=order, params=params, damp=damp), 0.0
 
 
 class _Walk:
@@ -234,11 +242,20 @@ class _Walk:
         weights = {} if name == "float" else self._weights(stage)
         path = self._folder / "stage.onnx"
         path.write_bytes(stage_model(self._model, stage, types, weights).SerializeToString())
-        session = Session(path, self._ctx.threads)
-        for sample in range(self._samples):
-            found = session.run(outputs, {n: stream.get(sample, n) for n in inputs}, sample)
-            stream.put(sample, {n: v.numpy() for n, v in zip(outputs, found, strict=True)})
+        tasks = [
+            StageTask(str(path), str(stream.folder), tuple(inputs), tuple(outputs), part, threads)
+            for part, threads in self._parts()
+        ]
+        for _ in run_tasks(self._ctx.executor, run_stage, tasks):
+            pass
         path.unlink()
+
+    def _parts(self) -> list[tuple[range, int]]:
+        """Samples for one task each, and the threads that it may use."""
+        if self._ctx.executor is None:
+            return [(range(self._samples), self._ctx.threads)]
+        starts = range(0, self._samples, SAMPLES_PER_TASK)
+        return [(range(i, min(i + SAMPLES_PER_TASK, self._samples)), 1) for i in starts]
 
     def _weights(self, stage: Stage) -> dict[ir.Node, tuple[int, Array]]:
         """What the rounded layers of ``stage`` multiply by."""
@@ -256,57 +273,68 @@ class _Walk:
         return found
 
     def _round(self, stage: Stage) -> RoundedWeights:
-        """Round the layers of ``stage``; those with equal inputs and formats in one go."""
-        alike: dict[tuple[str, str, int], list[Linear]] = {}
-        for layer in stage.layers:
-            if layer.name in self._given:
-                continue
-            site = self._plan.sites[layer.name]
-            assert site.weight is not None
-            fmt = format_of(site, site.weight, self._ctx)
-            alike.setdefault((value_name(layer.x), str(fmt), site.weight.block), []).append(layer)
-        new = RoundedWeights()
+        """Round the layers of ``stage``, each by itself."""
+        layers = [layer for layer in stage.layers if layer.name not in self._given]
         moments: dict[str, Moments] = {}
-        for (x, _, block), layers in alike.items():
-            if x not in moments:
-                moments[x] = self._moments(x)
-            site = self._plan.sites[layers[0].name]
-            assert site.weight is not None
-            parts = [rows_of(layer) for layer in layers]
-            fmt = format_of(site, site.weight, self._ctx)
-            with about(", ".join(layer.name for layer in layers)):
-                solved = RoundedWeight.of(
-                    self._owner.solve(np.concatenate(parts), moments[x], fmt, block)
-                )
-            start = 0
-            for layer, rows in zip(layers, parts, strict=True):
-                weight = solved.part(start, start + len(rows))
-                start += len(rows)
-                new.add(layer.name, weight)
-                detail = quality(rows, weight.values(), moments[x].gram)
-                self._report.change(layer.name, "rounded", detail)
+        for x in dict.fromkeys(value_name(layer.x) for layer in layers):
+            moments[x] = self._moments(x)
+        new = RoundedWeights()
+        for layer, (weight, detail) in zip(layers, self._solved(layers, moments), strict=True):
+            new.add(layer.name, weight)
+            self._report.change(layer.name, "rounded", detail)
         return new
 
+    def _solved(
+        self, layers: Sequence[Linear], moments: Mapping[str, Moments]
+    ) -> Iterator[tuple[RoundedWeight, str]]:
+        executor = self._ctx.executor
+        settings = []
+        for layer in layers:
+            site = self._plan.sites[layer.name]
+            assert site.weight is not None
+            settings.append((format_of(site, site.weight, self._ctx), site.weight.block))
+        if executor is None:
+            for layer, (fmt, group) in zip(layers, settings, strict=True):
+                found = moments[value_name(layer.x)]
+                yield round_layer(self._owner, layer.name, rows_of(layer), found, fmt, group)
+            return
+        paths = {
+            x: found.save(self._folder / f"moments-{number}")
+            for number, (x, found) in enumerate(moments.items())
+        }
+        tasks = [
+            LayerTask(
+                self._owner,
+                layer.name,
+                WeightRef.of(layer, self._folder, number),
+                paths[value_name(layer.x)],
+                fmt,
+                group,
+            )
+            for number, (layer, (fmt, group)) in enumerate(zip(layers, settings, strict=True))
+        ]
+        yield from run_tasks(executor, round_task, tasks)
+
     def _moments(self, x: str) -> Moments:
-        rounded, exact = self._streams["rounded"], self._streams.get("float")
-        gram: Array | None = None
-        cross: Array | None = None
-        for sample in range(self._samples):
-            array = rounded.get(sample, x)
-            rows = array.reshape(-1, array.shape[-1]).astype(np.float32, copy=False)
-            product = (rows.T @ rows).astype(np.float64)
-            gram = product if gram is None else gram + product
-            if exact is not None:
-                other = exact.get(sample, x).reshape(rows.shape).astype(np.float32, copy=False)
-                mixed = (other.T @ rows).astype(np.float64)
-                cross = mixed if cross is None else cross + mixed
-        if gram is None or not np.isfinite(gram).all():
+        exact = self._streams.get("float")
+        folders = (str(self._streams["rounded"].folder), "" if exact is None else str(exact.folder))
+        # The same sums, in the same order, however many workers there are.
+        starts = range(0, self._samples, SAMPLES_PER_TASK)
+        tasks = [
+            MomentTask(*folders, x, range(i, min(i + SAMPLES_PER_TASK, self._samples)), cap)
+            for i in starts
+            for cap in (self._owner.token_cap,)
+        ]
+        total: Moments | None = None
+        for part in run_tasks(self._ctx.executor, sum_moments, tasks):
+            total = part if total is None else total.plus(part)
+        if total is None or not np.isfinite(total.gram).all():
             raise DataError(
                 "DATA-NOT-FINITE",
                 f"NaN, Inf or overflow in `{x}`, the input of a layer to be rounded",
                 "check the calibration data; masked positions must not reach a layer's input",
             )
-        return Moments(gram, cross)
+        return total
 
     def _finish(self, number: int, stage: Stage, new: RoundedWeights) -> None:
         """Take over what was rounded; with a cache, note that the stage is complete."""

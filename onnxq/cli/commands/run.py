@@ -30,6 +30,18 @@ from onnxq.cli.options import FILE, calibration, common, threads
 @calibration(required=False)
 @click.option("--target", metavar="NAME", help="Runtime of the output.  [default: cpu]")
 @threads(None)
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Processes that round layers side by side.",
+)
+@click.option(
+    "--cluster",
+    metavar="URL",
+    help="A dask scheduler that rounds layers instead, for example tcp://host:8786.",
+)
 @click.option("--seed", type=int, help="The only source of randomness.  [default: 0]")
 @click.option(
     "--min-cosine",
