@@ -151,18 +151,22 @@ def _w4() -> list[Case]:
 def _w4a4(cache: str = "") -> list[Case]:
     table = "w4a4kv4" if cache else "w4a4"
     kv = " cache=int4-asym" if cache else ""
+    keys = "online-hadamard{sites=[qk]}, " if cache else ""
     assign = f"assign{{mode=per-token {INT4}{kv} activations="
-    rtn = assign + "int4-asym clip=0.9}, qdq"
-    gptq = f"calibrate, {assign}int4-asym clip=0.9}}, gptq, qdq"
-    blocks = f"calibrate, {assign}int4g32-asym}}, gptq, qdq"
+    plain = assign + "int4-asym clip=0.9}, qdq"
+    rtn = keys + plain
+    gptq = f"{keys}calibrate, {assign}int4-asym clip=0.9}}, gptq, qdq"
+    coarse = keys + assign + "int4g32-asym}, qdq"
+    blocks = f"{keys}calibrate, {assign}int4g32-asym}}, gptq, qdq"
     return [
-        Case(table, "none, RTN", rtn, "none", table),
-        Case(f"{table}-smooth", "smooth-quant, RTN", rtn, "smooth", table),
+        Case(table, "none, RTN", plain, "none", table),
+        Case(f"{table}-smooth", "smooth-quant, RTN", plain, "smooth", table),
         Case(f"{table}-quarot", "QuaRot, RTN", rtn, "quarot", table),
+        Case(f"{table}-learned-rtn", "smooth-rot + learned R1 R2, RTN", rtn, "learned", table),
         Case(f"{table}-gptq", "QuaRot, GPTQ", gptq, "quarot", table),
-        Case(f"{table}-smooth-rot", "smooth-rot + R1 R2, GPTQ", gptq, "smooth-rot", table),
         Case(f"{table}-learned", "smooth-rot + learned R1 R2, GPTQ", gptq, "learned", table),
-        Case(f"{table}-g32", "the same, activations in g32", blocks, "learned", table),
+        Case(f"{table}-g32-rtn", "learned, RTN, activations in g32", coarse, "learned", table),
+        Case(f"{table}-g32", "learned, GPTQ, activations in g32", blocks, "learned", table),
     ]
 
 
@@ -175,8 +179,8 @@ def _blocks() -> list[Case]:
             Case(name, f"{title}, RTN", f"{assign}, qdq", "none", "mx"),
             Case(f"{name}-block", f"{title}, block Hadamard, RTN", f"{assign}, qdq", "block", "mx"),
             Case(f"{name}-rot", f"{title}, R1 R2 R4, RTN", f"{assign}, qdq", "quarot", "mx"),
-            Case(f"{name}-gptq", f"{title}, block Hadamard, GPTQ",
-                 f"calibrate, {assign}, gptq, qdq", "block", "mx"),
+            Case(f"{name}-learned-rtn", f"{title}, smooth-rot + learned R1 R2, RTN",
+                 f"{assign}, qdq", "learned", "mx"),
             Case(f"{name}-learned", f"{title}, smooth-rot + learned R1 R2, GPTQ",
                  f"calibrate, {assign}, gptq, qdq", "learned", "mx"),
         ]  # fmt: skip
@@ -482,6 +486,7 @@ def main() -> None:
     parser.add_argument("--cases", default="", help="comma-separated names of rows")
     parser.add_argument("--tables", default="", help="comma-separated names of tables")
     parser.add_argument("--cache", type=Path, help="folder for finished rows and shared models")
+    parser.add_argument("--speed", action="store_true", help="time the transformed models")
     parser.add_argument(
         "--seeds", type=int, default=0, help="compare with so many random rotations"
     )

@@ -72,6 +72,8 @@ class AwqScale(Pass):
         sites, others = _sites(model)
         for site in others:
             report.skip(site.name, "nothing that writes the input can take 1/s")
+        if not sites and not others:
+            report.skip("the model", "it has no matrix product with a constant weight")
         for done, site in enumerate(sites):
             ctx.progress("awq-scale", done, len(sites))
             name = str(site.x.name)

@@ -119,6 +119,8 @@ class FoldNorm(Pass):
         kept: dict[str, str] = {}
         structure = analyze(model)
         names = [norm.name for norm in structure.norms]
+        if not names:
+            report.skip("the model", "it has no norms")
         for done, name in enumerate(names):
             ctx.progress("fold-norm", done, len(names))
             norm = next(n for n in structure.norms if n.name == name)

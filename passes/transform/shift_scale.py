@@ -85,6 +85,8 @@ class ShiftScale(Pass):
         sites, others = _sites(model)
         for site in others:
             report.skip(site.name, "nothing that writes the input can take 1/s")
+        if not sites and not others:
+            report.skip("the model", "it has no matrix product with a constant weight")
         names = [site.name for site in sites]
         for done, name in enumerate(names):
             ctx.progress("shift-scale", done, len(names))

@@ -84,6 +84,8 @@ class SmoothQuant(Pass):
         statistics = ctx.artifacts.get(STATISTICS)
         sites, skipped = find_scaling_sites(analyze(model))
         report.skipped.extend(skipped)
+        if not sites and not skipped:
+            report.skip("the model", "it has no matrix product with a constant weight")
         for done, site in enumerate(sites):
             ctx.progress("smooth-quant", done, len(sites))
             self._smooth(model.graph, site, statistics, report, ctx.budget)

@@ -9,8 +9,6 @@ import pytest
 from onnxq.errors import PreconditionError, SpecError
 from onnxq.formats import Granularity, parse_format
 from onnxq.graph.match import analyze
-from onnxq.models.checkpoints import LlamaCheckpoint, LlamaConfig
-from onnxq.models.llama import build_llama
 from onnxq.passes.decide.assign import Assign
 from onnxq.passes.lower.activations import ActivationRounding
 from onnxq.passes.lower.pack import Pack
@@ -27,6 +25,7 @@ from tests.passes.helpers import (
     run,
     values,
 )
+from tests.passes.transform.wide import llama
 
 NAMES = (
     "int8", "int4", "int3", "int4-narrow", "int8-asym", "int4g32-asym", "uint4g16-asym", "int4g32",
@@ -242,26 +241,4 @@ def test_a_cache_that_blocks_do_not_divide_stays_float() -> None:
 
 def small_decoder() -> ir.Model:
     """Two layers, four query heads of 8 on two value heads, in float32."""
-    rng = np.random.default_rng(0)
-    config = LlamaConfig(50, 32, 40, 2, 4, 2, 64, 1e4, 1e-5)
-    shapes = {
-        "self_attn.q_proj": (32, 32),
-        "self_attn.k_proj": (16, 32),
-        "self_attn.v_proj": (16, 32),
-        "self_attn.o_proj": (32, 32),
-        "mlp.gate_proj": (40, 32),
-        "mlp.up_proj": (40, 32),
-        "mlp.down_proj": (32, 40),
-    }
-    weights = {
-        f"model.layers.{layer}.{name}.weight": (rng.standard_normal(shape) / 5).astype(np.float32)
-        for layer in range(2)
-        for name, shape in shapes.items()
-    }
-    for layer in range(2):
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            weights[f"model.layers.{layer}.{norm}.weight"] = np.ones(32, np.float32)
-    weights["model.norm.weight"] = np.ones(32, np.float32)
-    weights["model.embed_tokens.weight"] = rng.standard_normal((50, 32)).astype(np.float32)
-    checkpoint = LlamaCheckpoint(config, weights, {})
-    return ir.from_proto(build_llama(checkpoint, kv_cache=False, dtype="float32", metadata={}))
+    return llama(hidden=32, heads=4, kv_heads=2, double=False)
