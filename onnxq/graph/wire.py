@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import onnx
+from google.protobuf.message import Message
 
 MODEL_GRAPH = 7
 GRAPH_INITIALIZER = 5
@@ -251,15 +252,34 @@ def write_model(
     ]
     tags = [_header(GRAPH_INITIALIZER, size) for size in sizes]
     del skeleton.graph.initializer[:]
-    body = skeleton.graph.SerializeToString(deterministic=True)
+    before, behind = _serialize_around(skeleton.graph, GRAPH_INITIALIZER)
     skeleton.ClearField("graph")
-    file.write(skeleton.SerializeToString(deterministic=True))
-    file.write(_header(MODEL_GRAPH, len(body) + _total(tags) + sum(sizes)))
-    file.write(body)
+    first, last = _serialize_around(skeleton, MODEL_GRAPH)
+    file.write(first)
+    file.write(_header(MODEL_GRAPH, len(before) + len(behind) + _total(tags) + sum(sizes)))
+    file.write(before)
     for tag, head, raw, tensor in zip(tags, heads, raws, tensors, strict=True):
         file.write(tag + head + raw)
         if tensor is not None:
             tensor.tofile(file)
+    file.write(behind)
+    file.write(last)
+
+
+def _serialize_around(message: Message, number: int) -> tuple[bytes, bytes]:
+    """The fields below and above field ``number``, which is empty.
+
+    Readers need not care about the order of fields, but OpenVINO (2026.4) looks at the first few of
+    a file to see whether it is a model, and knows only the usual order.
+    """
+    behind = type(message)()
+    behind.CopyFrom(message)
+    for field, _ in message.ListFields():
+        (behind if field.number < number else message).ClearField(field.name)
+    return (
+        message.SerializeToString(deterministic=True),
+        behind.SerializeToString(deterministic=True),
+    )
 
 
 def _total(parts: Iterable[bytes]) -> int:

@@ -55,6 +55,16 @@ def test_round_trip_keeps_the_model(tmp_path: Path, external: bool) -> None:
         assert saved.bytes == io.size_on_disk(saved.path)
 
 
+@pytest.mark.parametrize("external", [False, True])
+def test_fields_lie_in_the_order_of_protobufs_own_serializer(
+    tmp_path: Path, wide: ir.Model, external: bool
+) -> None:
+    io.set_provenance(wide, {"pipeline": "none", "seed": 0})
+    wide.opset_imports["com.microsoft"] = 1
+    written = io.save(wide, tmp_path / "o.onnx", external=external).path.read_bytes()
+    assert written == onnx.ModelProto.FromString(written).SerializeToString(deterministic=True)
+
+
 def test_external_data_file_is_named_by_its_content(tmp_path: Path, wide: ir.Model) -> None:
     saved = io.save(wide, tmp_path / "o.onnx", external=True)
     assert saved.data_path is not None
