@@ -300,6 +300,13 @@ class Pass(ABC):
         """The sites that the pass would look at, for ``--dry-run``; nothing is changed."""
         return []
 
+    def opset_needed(self, target: Target) -> int:
+        """Lowest opset in which what this pass decides can be written for ``target``.
+
+        ``canonicalize`` raises the model to what the passes behind it need.
+        """
+        return 0
+
     def options(self) -> dict[str, Any]:
         """Options that differ from their defaults, by field name."""
         found: dict[str, Any] = {}

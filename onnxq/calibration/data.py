@@ -188,7 +188,8 @@ def open_data(
         seed: of random inputs.
 
     Raises:
-        DataError: the source is missing, empty or unreadable, or its first sample does not fit.
+        DataError: the source is missing, empty or unreadable, its first sample does not fit, or a
+            tokenizer or image preparation was given for what holds no texts or images.
         UnsupportedError: an input of the model that no array can feed.
     """
     inputs = model_inputs(model)
@@ -206,6 +207,7 @@ def open_data(
         notes.append("the samples are RANDOM: ranges and accuracy figures mean nothing")
     else:
         origin, label = opening.open(spec)
+    opening.refuse_idle(label)
     total = len(origin)
     if not total:
         raise DataError(
@@ -236,6 +238,25 @@ class _Opening:
         self._inputs, self._notes = inputs, notes
         self._tokenizer, self._max_length, self._pad = tokenizer, max_length, pad
         self._images = images
+        self._used: set[str] = set()
+
+    def refuse_idle(self, label: str) -> None:
+        """Refuse a tokenizer or a way to prepare images that the source has no use for.
+
+        Raises:
+            DataError: ``CALIB-IDLE-OPTION``.
+        """
+        options = (
+            ("tokenizer", self._tokenizer, "a text file, or .jsonl with texts"),
+            ("images", self._images, "a folder of images"),
+        )
+        for name, value, use in options:
+            if value is not None and name not in self._used:
+                raise DataError(
+                    "CALIB-IDLE-OPTION",
+                    f"--{name} was given, and {label} has no use for it",
+                    f"leave it out, or give {use}",
+                )
 
     def open(self, spec: Spec) -> tuple[sources.Source, str]:
         """The source and its description."""
@@ -349,6 +370,7 @@ class _Opening:
                 f"the model has {len(pictures)} inputs; images can feed only one",
                 "give the inputs as .npz",
             )
+        self._used.add("images")
         spec = ImageSpec.parse(self._images)
         return sources.Images(files, pictures[0].name, lambda file: load_image(file, spec))
 
@@ -357,6 +379,7 @@ class _Opening:
         from onnxq.data.text import InputSpec, load_tokenizer, token_feeds, tokenize
 
         assert self._tokenizer is not None
+        self._used.add("tokenizer")
         specs = [InputSpec(i.name, i.dtype, i.shape or ()) for i in self._inputs if i.required]
         loaded = load_tokenizer(self._tokenizer)
         pad, length = self._pad, self._max_length

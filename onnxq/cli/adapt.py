@@ -118,6 +118,7 @@ def run_view(
         weight_bits=bits,
         provenance=provenance,
         samples=summary.samples,
+        is_poor=summary.is_poor,
     )
 
 

@@ -26,6 +26,12 @@ def execute(model: Path, passes: str, out: Path | None, options: Mapping[str, An
         OnnxqError: see :func:`onnxq.pipeline.run.run`.
     """
     output = model.with_suffix(".q.onnx") if out is None else out
+    if options["dry_run"] and options["bisect"]:
+        raise SpecError(
+            "SPEC-COMBINATION",
+            "--dry-run runs no pass, and --bisect runs them all",
+            "leave one of them out",
+        )
     if options["dry_run"]:
         return _dry_run(model, passes, options["target"])
     if options["bisect"]:

@@ -197,6 +197,7 @@ class RunView:
     weight_bits: float | None = None
     provenance: Mapping[str, str] = field(default_factory=dict)
     samples: str = ""
+    is_poor: bool = False
 
     @property
     def worst(self) -> ErrorView | None:
@@ -205,7 +206,7 @@ class RunView:
 
     def verdict(self) -> str:
         """One line that says it all and can be pasted into a report."""
-        parts = ["PASSED"]
+        parts = ["POOR RESULT" if self.is_poor else "PASSED"]
         if self.worst is not None:
             parts.append(f"cosine {self.worst.cosine:.5f}, SQNR {self.worst.sqnr_db:.1f} dB")
         parts.append(f"{self.bytes_before / self.bytes_after:.2f}x smaller")
@@ -216,7 +217,7 @@ class RunView:
     def to_json(self) -> dict[str, Any]:
         """JSON-serialisable data."""
         return {
-            "status": "passed",
+            "status": "poor" if self.is_poor else "passed",
             "model": self.source,
             "output": self.output,
             "pipeline": self.pipeline,

@@ -90,6 +90,9 @@ def _log(m: re.Match[str]) -> Format:
     )
 
 
+MAX_BLOCK = 1 << 16
+"""Largest block: about as long as the widest layers; padding up to it still fits into memory."""
+
 _BLOCK = r"(?:-?g(?P<block>\d+))?"
 _FLOAT_NAMES = "|".join(sorted(NAMED_FLOATS, key=len, reverse=True))
 _RULES: list[tuple[str, Callable[[re.Match[str]], Format]]] = [
@@ -160,6 +163,13 @@ def parse_format(name: str) -> Format:
     for pattern, build in _COMPILED:
         match = pattern.fullmatch(key)
         if match is not None:
+            block = int(match.groupdict().get("block") or 0)
+            if block > MAX_BLOCK:
+                raise SpecError(
+                    "SPEC-RANGE",
+                    f"{name!r} has a block of {block} elements, more than {MAX_BLOCK}",
+                    "use a smaller block, or none for one scale a channel",
+                )
             return build(match)
     near = difflib.get_close_matches(key, format_names(), n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else "`onnxq formats` lists all names"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -91,17 +92,25 @@ def external_slots(model: ir.Model) -> list[tuple[Setter, ir.ExternalTensor]]:
 
 
 def copy_model(model: ir.Model) -> ir.Model:
-    """A copy with graphs, nodes, values and metadata of its own; the tensors are shared."""
+    """A copy with graphs, nodes, values, metadata and tensor names of its own.
+
+    The tensors' elements are shared, and two places that hold one tensor still do so in the copy.
+    """
     try:
-        copy = model.clone()
+        clone = model.clone()
     except Exception as error:
         raise InternalError(
             "INTERNAL-INVALID-GRAPH",
             f"the graph is not consistent: {' '.join(str(error).split())[:300]}",
             "a pass left it broken; find it with --bisect and report it",
         ) from error
-    copy.meta.update(model.meta)
-    return copy
+    clone.meta.update(model.meta)
+    copies: dict[int, tuple[ir.TensorProtocol, ir.TensorProtocol]] = {}
+    for replace, tensor, _ in list(tensor_slots(clone)):
+        # Values name their tensors, and so would rename those of the original.
+        _, own = copies.setdefault(id(tensor), (tensor, copy.copy(tensor)))
+        replace(own)
+    return clone
 
 
 def files_of(model: ir.Model) -> set[DataFile]:

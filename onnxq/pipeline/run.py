@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+
 from onnxq.errors import DataError, NoopError, QualityError
 from onnxq.graph import io
 from onnxq.graph.atomic import check_target, reported, temporary_for
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
 
 RECIPE_SUFFIX: Final = ".recipe.toml"
 """What is added to the output's name for the recipe that made it."""
+
+POOR_COSINE: Final = 0.98
+"""Mean cosine below which a result is written with a loud warning. ``min_cosine`` refuses it."""
 
 HOLDOUT: Final = 8
 """Samples that are held back for the comparison by default."""
@@ -88,6 +93,11 @@ class RunSummary:
         worst = None if self.comparison is None else self.comparison.worst
         return None if worst is None else worst.cosine_mean
 
+    @property
+    def is_poor(self) -> bool:
+        """Whether an output is below ``POOR_COSINE``."""
+        return self.comparison is not None and bool(_poor(self.comparison))
+
     def table(self) -> list[dict[str, Any]]:
         """One row a pass: number, pass, changed, skipped, reasons, seconds, size, max_error."""
         return [
@@ -116,6 +126,7 @@ class RunSummary:
             "threads": self.threads,
             "samples": self.samples,
             "warnings": self.warnings,
+            "is_poor": self.is_poor,
             "passes": [s.to_json() for s in self.steps],
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
@@ -282,6 +293,8 @@ def run(
         # the staged one holds the very bytes that were checked.
         saved = io.save(io.load(staged.path), output, source=plan.source)
     recipe = _write_recipe(output, result, comparison, saved.bytes)
+    if comparison is not None:
+        plan.warnings.extend(_poor(comparison))
     if problem is not None:
         raise problem
     return RunSummary(
@@ -301,6 +314,17 @@ def run(
         seconds=time.perf_counter() - began,
         cpu_seconds=_cpu_seconds() - cpu,
     )
+
+
+def _poor(comparison: Comparison) -> list[str]:
+    """A warning for each output that is farther from the original's than ``POOR_COSINE``."""
+    return [
+        f"POOR RESULT: output `{o.name}` has cosine {o.cosine_mean:.4f} with fp32 "
+        f"({o.sqnr_db:.1f} dB), below {POOR_COSINE:g}; measure it on your task before you use it, "
+        "or let a run like this one fail with --min-cosine"
+        for o in comparison.outputs
+        if not o.cosine_mean >= POOR_COSINE
+    ]
 
 
 def dry_run(
@@ -357,9 +381,20 @@ def _prepare(
     data = None if calib is None else _open(calib, loaded, data_options)
     warnings: list[str] = []
     split = split_holdout(data, holdout, loaded, seed, warnings)
+    if split.calibration is not None and _is_all_zero(split.calibration):
+        warnings.append(
+            "every calibration sample is ZERO in all inputs: no range that is found means anything"
+        )
     cpus = threads or len(os.sched_getaffinity(0))
     is_recipe = recipe is not None
     return _Plan(source, pipeline, chosen, seed, cpus, loaded, split, is_recipe, warnings)
+
+
+def _is_all_zero(data: CalibrationData) -> bool:
+    """Whether no sample has an element other than zero; as a rule one sample is read."""
+    return not any(
+        np.any(array) for feeds in data for array in feeds.values() if array.dtype.kind in "fiub"
+    )
 
 
 def _open(calib: Any, model: ir.Model, options: Mapping[str, Any]) -> CalibrationData:

@@ -18,6 +18,7 @@ from onnxq.errors import InternalError, SpecError
 from onnxq.graph import io
 from onnxq.graph.spill import spill_new_tensors
 from onnxq.graph.tensors import model_nbytes
+from onnxq.passes.conform import check_input, check_output
 from onnxq.passes.contract import (
     Artifacts,
     Budget,
@@ -179,6 +180,7 @@ class Pipeline:
         Raises:
             PipelineError: the order of the passes cannot work.
             DataError: calibration data is missing; ``dump_dir`` belongs to another run.
+            UnsupportedError: ``TARGET-*``: the model does not fit the target.
             EquivalenceError: a pass broke its promise.
         """
         validate(self.passes, has_data=data is not None, registry=self.registry)
@@ -192,6 +194,7 @@ class Pipeline:
             executor=executor,
         )
         reference = model if isinstance(model, ir.Model) else io.load(model)
+        check_input(reference, settings.target)
         # Before the passes run: they share the input's tensors, and may name those without a name.
         provenance = provenance_of(self.passes, reference, settings)
         dump = _open_dump(dump_dir, resume, self.passes, provenance)
@@ -209,6 +212,7 @@ class Pipeline:
                     step.report.note("not verified: the run has no samples")
                 fingerprint = None if dump is None else dump.write(step)
                 results.append(_result(step, fingerprint))
+        check_output(state.model, settings.target)
         io.set_provenance(state.model, provenance)
         return RunResult(state.model, results, state.artifacts, provenance)
 

@@ -15,7 +15,7 @@ FLAVOURS = (
     "onnxruntime-openvino",
     "onnxruntime-qnn",
 )
-"""Packages that all install the module ``onnxruntime``."""
+"""Packages that install, or once installed, the module ``onnxruntime``."""
 
 _CHOOSE = "pip install 'onnxq[cpu]', or 'onnxq[gpu]' on a machine with an NVIDIA GPU"
 
@@ -25,10 +25,21 @@ def installed_flavours() -> dict[str, str]:
     found = {}
     for name in FLAVOURS:
         try:
-            found[name] = metadata.version(name)
+            version = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+        if _brings_module(name):
+            found[name] = version
     return found
+
+
+def _brings_module(name: str) -> bool:
+    """Whether a package holds the module itself; newer ones (onnxruntime-qnn 2) are plug-ins."""
+    try:
+        files = metadata.files(name)
+    except metadata.PackageNotFoundError:
+        return True
+    return files is None or any(file.parts[0] == "onnxruntime" for file in files)
 
 
 def require_onnxruntime() -> ModuleType:

@@ -21,24 +21,14 @@ from typing import Any, ClassVar, Literal
 import onnx_ir as ir
 
 from onnxq.calibration.requests import StatRequest
-from onnxq.errors import SpecError, UnsupportedError
+from onnxq.errors import PreconditionError, SpecError, UnsupportedError
 from onnxq.formats import IntFormat, MxFormat, NvFp4Format, parse_format
-from onnxq.graph.match import (
-    Attention,
-    FusedAttention,
-    Linear,
-    Structure,
-    analyze,
-    is_op,
-)
+from onnxq.formats.parse import MAX_BLOCK
+from onnxq.graph.match import Attention, FusedAttention, Linear, Structure, analyze, is_op
 from onnxq.graph.match.values import value_dtype
 from onnxq.passes.contract import Context, Key, Pass, PassReport
 from onnxq.passes.decide.calibrate import RANGE_RULE
-from onnxq.passes.decide.explain import (
-    explain_floats,
-    explain_rejected,
-    explain_subgraphs,
-)
+from onnxq.passes.decide.explain import explain_floats, explain_rejected, explain_subgraphs
 from onnxq.passes.decide.integer_regions import (
     IntegerOp,
     find_integer_ops,
@@ -58,7 +48,7 @@ from onnxq.passes.plan import (
     WeightPlan,
 )
 from onnxq.passes.sites import site_names
-from onnxq.passes.targets import Target
+from onnxq.passes.targets import DEFAULT_BLOCK, NBITS, Target, opset_of
 
 SMALL_TABLE = 65_536
 """Embedding tables below this many bytes stay float: nothing to gain."""
@@ -77,6 +67,7 @@ class Assign(Pass):
             ``weight-only`` (activations stay float).
         weights: format of weights: ``int8``, ``int4``, ...; in modes ``weight-only`` and
             ``per-token`` any format (``nvfp4``, ``mxfp4``, ``nf4``, ...), else an integer one.
+            ``auto``: 8 bits, as the target takes them.
         activations: format of activations, or ``auto``: what the target is fast with, and int8 in
             mode ``per-token``. There it may be any that can be computed at run time, with its
             block: ``int4``, ``int4g32``, ``fp8e4m3``, ``mxfp4``, ``nvfp4``; else an integer one.
@@ -85,7 +76,8 @@ class Assign(Pass):
         clip: in mode ``per-token``, share of a token's largest magnitude that integer and float
             codes reach.
         block: elements along the reduction axis that share a weight scale; 0: one scale an
-            output channel.
+            output channel; none: the target's block for integers of up to 4 bits (32 on the CPU),
+            else 0.
         weight_scales: one scale an output ``channel``, or one a ``tensor``, as some hardware wants.
         weight_method: how weight ranges are chosen.
         symmetric_weights: zero point in the middle of the weights' codes.
@@ -99,21 +91,22 @@ class Assign(Pass):
     tolerance: ClassVar[float | None] = 0.0
 
     mode: Mode = "static"
-    weights: str = "int8"
+    weights: str = "auto"
     activations: str = "auto"
     cache: str = "float"
     clip: float = 1.0
-    block: int = 0
+    block: int | None = None
     weight_scales: Literal["channel", "tensor"] = "channel"
     weight_method: Literal["minmax", "mse"] = "minmax"
     symmetric_weights: bool = True
     embeddings: str = "int8"
 
     def __post_init__(self) -> None:
-        fmt = parse_format(self.weights)
+        weights = "int8" if self.weights == "auto" else self.weights
+        fmt = parse_format(weights)
         if self.mode not in ANY_WEIGHT:
-            fmt = _integer_format(self.weights)
-        if fmt.block and self.block not in (0, fmt.block):
+            fmt = _integer_format(weights)
+        if fmt.block and self.block not in (None, 0, fmt.block):
             raise SpecError(
                 "SPEC-COMBINATION",
                 f"weights={self.weights} has blocks of {fmt.block}, not {self.block}",
@@ -122,8 +115,12 @@ class Assign(Pass):
         self._check_activations()
         if self.embeddings != "float":
             _integer_format(self.embeddings)
-        if self.block and (self.block < 16 or self.block & (self.block - 1)):
-            raise SpecError("SPEC-RANGE", f"block={self.block} is not a power of two from 16 on")
+        if self.block and (not 16 <= self.block <= MAX_BLOCK or self.block & (self.block - 1)):
+            raise SpecError(
+                "SPEC-RANGE",
+                f"block={self.block} is not a power of two from 16 to {MAX_BLOCK}",
+                "use block=32, or block=0 for one scale a channel",
+            )
         if self.mode not in ANY_WEIGHT and (self.block or fmt.block):
             raise SpecError(
                 "SPEC-COMBINATION",
@@ -143,6 +140,33 @@ class Assign(Pass):
                 f"mode=dynamic multiplies 8-bit integers; weights={self.weights} are not",
                 "use weights=int8, mode=per-token or mode=weight-only",
             )
+        signed = isinstance(fmt, IntFormat) and fmt.signed
+        if self.mode not in ANY_WEIGHT and not self.symmetric_weights and signed:
+            raise SpecError(
+                "SPEC-COMBINATION",
+                f"weights={weights} have zero point 0: runtimes expect that of signed weights",
+                "use weights=uint8 with symmetric-weights=false",
+            )
+
+    def opset_needed(self, target: Target) -> int:
+        """That of Q/DQ on the types chosen, or of the form in which the target stores weights."""
+        fmt = parse_format(self.weights_on(target))
+        if self.mode == "weight-only":
+            block = target.blocks_for(fmt, 0) if self.block is None else self.block or fmt.block
+            return opset_of(target.form_of(fmt, block or 0), fmt)
+        if self.mode == "per-token":
+            return opset_of("function", fmt)
+        if self.mode == "dynamic" or target.contrib_qdq:
+            return 13
+        activations = target.activation if self.activations == "auto" else self.activations
+        widths = {_integer_format(str(fmt)).bits, _integer_format(activations).bits}
+        return 25 if min(widths) <= 2 else 21 if widths != {8} else 13
+
+    def weights_on(self, target: Target) -> str:
+        """The format of weights that ``auto`` stands for."""
+        if self.weights != "auto":
+            return self.weights
+        return target.weight if self.mode == "static" else "int8"
 
     def _check_activations(self) -> None:
         if self.mode == "per-token":
@@ -214,12 +238,13 @@ class Assign(Pass):
                 f"target `{ctx.target.name}` does not run DynamicQuantizeLinear",
                 "use mode=static or mode=weight-only",
             )
+        self._check_target(model, ctx.target)
         report = PassReport()
         structure = analyze(model)
         plan = QuantPlan()
         for linear in structure.linears:
             self._assign_linear(model, linear, plan, ctx.target)
-        self._assign_embeddings(structure, plan)
+        self._assign_embeddings(structure, plan, ctx.target)
         if self.cache != "float":
             attentions: list[Attention | FusedAttention] = [
                 *structure.attentions,
@@ -242,10 +267,39 @@ class Assign(Pass):
         ctx.artifacts.put(PLAN, plan)
         return report
 
+    def _check_target(self, model: ir.Model, target: Target) -> None:
+        """Refuse, before any work, what the target or the model's opset does not take."""
+        weights = self.weights_on(target)
+        if self.mode == "per-token" and "function" not in target.forms:
+            raise UnsupportedError(
+                "TARGET-DYNAMIC",
+                f"target `{target.name}` does not run the functions that round activations",
+                "use mode=static or mode=weight-only",
+            )
+        if self.mode == "static":
+            activations = target.activation if self.activations == "auto" else self.activations
+            target.check_static(weights, activations)
+        opset, needed = model.opset_imports.get("", 0), self.opset_needed(target)
+        # Q/DQ by channel below opset 13 is a reason to leave layers in float, not an error.
+        if opset < needed and needed > 13:
+            raise PreconditionError(
+                "PASS-OPSET",
+                f"`assign`: {weights} weights for target `{target.name}` need opset {needed}; "
+                f"the model has {opset}",
+                f"put `canonicalize{{opset={needed}}}` first",
+            )
+
     def _assign_linear(
         self, model: ir.Model, linear: Linear, plan: QuantPlan, target: Target
     ) -> None:
         reason = self._reason_for_float(model, linear)
+        block = self._block_of(linear, target)
+        if reason is None and block is None:
+            wanted = " or ".join(map(str, sorted(target.blocks)))
+            reason = (
+                f"its {linear.in_features} inputs are no multiple of {wanted}, "
+                f"in which target `{target.name}` takes blocks"
+            )
         if reason is not None:
             plan.leave_float(linear.name, reason)
             return
@@ -262,12 +316,10 @@ class Assign(Pass):
                 inputs=(str(linear.x.name),) if static else (),
                 output=output,
                 weight=WeightPlan(
-                    self.weights,
+                    self.weights_on(target),
                     self.symmetric_weights,
                     per_channel,
-                    (self.block or parse_format(self.weights).block)
-                    if linear.kind != "conv"
-                    else 0,
+                    block or 0,
                     self.weight_method,
                 ),
                 activation=self._activation if self.mode == "per-token" else None,
@@ -275,6 +327,17 @@ class Assign(Pass):
                 why=f"weight of {linear.in_features} x {linear.out_features}",
             )
         )
+
+    def _block_of(self, linear: Linear, target: Target) -> int | None:
+        """Elements that share a scale; 0: one scale a channel; None: no block fits."""
+        fmt = parse_format(self.weights_on(target))
+        if self.mode not in ANY_WEIGHT or linear.kind == "conv":
+            return 0
+        if self.block is None:
+            return target.blocks_for(fmt, linear.in_features)
+        block = self.block or fmt.block
+        fits = not (target.whole_blocks and block and linear.in_features % block)
+        return block if fits else None
 
     def _reason_for_float(self, model: ir.Model, linear: Linear) -> str | None:
         dtype = _element_type(linear)
@@ -298,7 +361,7 @@ class Assign(Pass):
             return "per-channel DequantizeLinear needs opset 13; put `canonicalize` first"
         return None
 
-    def _assign_embeddings(self, structure: Structure, plan: QuantPlan) -> None:
+    def _assign_embeddings(self, structure: Structure, plan: QuantPlan, target: Target) -> None:
         names = site_names(structure.graph)
         for embedding in structure.embeddings:
             name = names[embedding.node]
@@ -315,7 +378,7 @@ class Assign(Pass):
                         name,
                         "embedding",
                         "weight-only",
-                        weight=_table_plan(self.embeddings),
+                        weight=_table_plan(self.embeddings, name, tensor.numpy().shape[1], target),
                         by=self.name,
                         why=f"table of {tensor.nbytes:,} bytes",
                     )
@@ -386,11 +449,30 @@ class Assign(Pass):
             )
 
 
-def _table_plan(name: str) -> WeightPlan:
-    """An embedding table in ``name``; with a block only where the format names one."""
+def _table_plan(name: str, site: str, width: int, target: Target) -> WeightPlan:
+    """An embedding table in ``name``: 8 bits by rows, or blocks of GatherBlockQuantized.
+
+    Raises:
+        UnsupportedError: ``TARGET-EMBEDDING``.
+    """
     fmt = _integer_format(name)
-    plain = dataclasses.replace(fmt, block=0)
-    return WeightPlan(str(plain), block=fmt.block)
+    block = fmt.block or (0 if fmt.bits == 8 else DEFAULT_BLOCK)
+    if not block and fmt.signed:
+        return (
+            WeightPlan("uint8", per_channel=False)
+            if target.embedding == "codes"
+            else WeightPlan(name)
+        )
+    packs = fmt.bits in NBITS and fmt.symmetric and width % (block or 1) == 0
+    if not packs or not block or not target.has("GatherBlockQuantized"):
+        raise UnsupportedError(
+            "TARGET-EMBEDDING",
+            f"{site}: no operator of target `{target.name}` reads a table of rows of {width} in "
+            f"{name}: GatherBlockQuantized, where a target has it, takes int2, int4 and int8 in "
+            "blocks that divide the row",
+            "use embeddings=int8, one scale a row, or embeddings=float",
+        )
+    return WeightPlan(str(dataclasses.replace(fmt, block=0)), block=block)
 
 
 def _element_type(linear: Linear) -> ir.DataType | None:

@@ -27,6 +27,7 @@ from onnxq.passes.decide.set_format import planned, spell
 from onnxq.passes.keys import PLAN, STATISTICS
 from onnxq.passes.naming import about
 from onnxq.passes.plan import ANY_WEIGHT, SitePlan, WeightPlan
+from onnxq.passes.targets import Target, opset_of
 from onnxq.passes.weights.rounding import format_of, rows_of
 from onnxq.solvers.hessian import output_error
 from onnxq.solvers.rtn import rtn
@@ -88,6 +89,11 @@ class AssignFormat(Pass):
         """The second moment of every layer's input."""
         inputs = (str(layer.x.name) for layer in analyze(model).linears if layer.kind != "conv")
         return [StatRequest(name, "moment") for name in dict.fromkeys(inputs)]
+
+    def opset_needed(self, target: Target) -> int:
+        """That of the candidate that needs most."""
+        found = (parse_format(name) for name in self.formats)
+        return max(opset_of(target.form_of(fmt, fmt.block), fmt) for fmt in found)
 
     def run(self, model: ir.Model, ctx: Context) -> PassReport:
         """Measure all candidates, choose, and write the plan."""

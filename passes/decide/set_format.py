@@ -19,7 +19,7 @@ from onnxq.passes.contract import Context, Pass, PassReport
 from onnxq.passes.keys import PLAN
 from onnxq.passes.plan import ANY_WEIGHT, QuantPlan, SitePlan, WeightPlan
 from onnxq.passes.sites import site_names
-from onnxq.passes.targets import Target
+from onnxq.passes.targets import Target, opset_of
 
 EMBEDDING_BLOCK = 32
 
@@ -55,6 +55,13 @@ class SetFormat(Pass):
             )
         if self.format:
             parse_format(self.format)
+
+    def opset_needed(self, target: Target) -> int:
+        """That of the form in which the target stores the format."""
+        if not self.format:
+            return 0
+        fmt = parse_format(self.format)
+        return opset_of(target.form_of(fmt, fmt.block), fmt)
 
     def run(self, model: ir.Model, ctx: Context) -> PassReport:
         """Replace the weight plans of matching sites."""
@@ -101,7 +108,7 @@ class SetFormat(Pass):
         structure: Structure,
         target: Target,
     ) -> WeightPlan:
-        if not target.contrib_ops:
+        if not target.has("GatherBlockQuantized"):
             raise UnsupportedError(
                 "TARGET-EMBEDDING",
                 f"target `{target.name}` has no GatherBlockQuantized for {site.site}",

@@ -5,6 +5,8 @@ float table never exists::
 
     y = Cast(Gather(codes, ids)) * Gather(scales, ids)
 
+Targets that take integers only next to Q/DQ get ``Gather(DequantizeLinear(codes), ids)`` instead.
+
 In blocks, onnxruntime's ``GatherBlockQuantized``, whose codes lie as those of ``MatMulNBits`` do.
 So a tied output layer and its table may be one tensor.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxq.errors import InternalError, UnsupportedError
@@ -21,14 +24,20 @@ from onnxq.formats.packing import pack_bits
 from onnxq.graph.edit import Names, add_initializer, insert_before, replace_value
 from onnxq.graph.match import Embedding
 from onnxq.graph.match.values import value_name
-from onnxq.passes.lower.weights import integer_format, quantize_weight, to_nearest
+from onnxq.passes.lower.weights import (
+    QuantizedWeight,
+    integer_format,
+    quantize_weight,
+    to_nearest,
+)
 from onnxq.passes.plan import SitePlan, WeightPlan
+from onnxq.passes.targets import Target
 
 CONTRIB = "com.microsoft"
 BLOCK_BITS = (2, 4, 8)
 
 
-def lower_embedding(graph: ir.Graph, embedding: Embedding, site: SitePlan) -> str:
+def lower_embedding(graph: ir.Graph, embedding: Embedding, site: SitePlan, target: Target) -> str:
     """Replace one Gather; returns what was done, for the report."""
     table = embedding.table.const_value
     if site.weight is None or table is None:
@@ -39,9 +48,31 @@ def lower_embedding(graph: ir.Graph, embedding: Embedding, site: SitePlan) -> st
         np.asarray(table.numpy(), np.float32), site.weight, in_axis=1, out_axis=0
     )
     names = Names(graph)
+    codes = add_initializer(graph, names.fresh(f"{embedding.name}_table_quantized"), weight.codes)
+    if target.embedding == "rows":
+        nodes = _rows_of_codes(graph, embedding, codes, weight.scale, names)
+    else:
+        nodes = _between_qdq(
+            graph, embedding, codes, weight, names, requantize=target.embedding == "codes"
+        )
+    output = nodes[-1].outputs[0]
+    output.type, output.shape = embedding.output.type, embedding.output.shape
+    insert_before(embedding.node, nodes)
+    replace_value(embedding.output, output)
+    graph.remove(embedding.node, safe=True)
+    scales = "row" if site.weight.per_channel else "table"
+    return f"{site.weight.format} table, one scale a {scales}"
+
+
+def _rows_of_codes(
+    graph: ir.Graph,
+    embedding: Embedding,
+    codes: ir.Value,
+    scale: npt.NDArray[np.float32],
+    names: Names,
+) -> list[ir.Node]:
     base = embedding.name
-    codes = add_initializer(graph, names.fresh(f"{base}_table_quantized"), weight.codes)
-    scales = add_initializer(graph, names.fresh(f"{base}_table_scale"), weight.scale.reshape(-1, 1))
+    scales = add_initializer(graph, names.fresh(f"{base}_table_scale"), scale.reshape(-1, 1))
     rows = ir.node(
         "Gather", [codes, embedding.indices], {"axis": 0}, name=names.fresh(f"{base}_rows")
     )
@@ -54,11 +85,42 @@ def lower_embedding(graph: ir.Graph, embedding: Embedding, site: SitePlan) -> st
     scaled = ir.node(
         "Mul", [cast.outputs[0], row_scales.outputs[0]], name=names.fresh(f"{base}_scaled")
     )
-    scaled.outputs[0].type, scaled.outputs[0].shape = embedding.output.type, embedding.output.shape
-    insert_before(embedding.node, [rows, row_scales, cast, scaled])
-    replace_value(embedding.output, scaled.outputs[0])
-    graph.remove(embedding.node, safe=True)
-    return f"{site.weight.format} table, one scale a row"
+    return [rows, row_scales, cast, scaled]
+
+
+def _between_qdq(
+    graph: ir.Graph,
+    embedding: Embedding,
+    codes: ir.Value,
+    weight: QuantizedWeight,
+    names: Names,
+    *,
+    requantize: bool,
+) -> list[ir.Node]:
+    """``Gather`` behind DequantizeLinear, and Q/DQ on the same scale behind it if asked for.
+
+    The second pair changes no number: what it rounds lies on its grid. Runtimes that match a node
+    between Q/DQ then gather codes.
+    """
+    base = embedding.name
+    scale = add_initializer(graph, names.fresh(f"{base}_table_scale"), weight.scale)
+    zero = add_initializer(graph, names.fresh(f"{base}_table_zero_point"), weight.zero_point)
+    attributes = {} if weight.axis is None else {"axis": weight.axis}
+    table = ir.node(
+        "DequantizeLinear",
+        [codes, scale, zero],
+        attributes,
+        name=names.fresh(f"{base}_table_DequantizeLinear"),
+    )
+    gather = ir.node(
+        "Gather", [table.outputs[0], embedding.indices], {"axis": 0}, name=names.fresh(base)
+    )
+    nodes = [table, gather]
+    if requantize:
+        for op_type in ("QuantizeLinear", "DequantizeLinear"):
+            name = names.fresh(f"{base}_{op_type}")
+            nodes.append(ir.node(op_type, [nodes[-1].outputs[0], scale, zero], name=name))
+    return nodes
 
 
 def _lower_blocks(graph: ir.Graph, embedding: Embedding, plan: WeightPlan) -> str:

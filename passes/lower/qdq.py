@@ -9,7 +9,8 @@ dynamic        ``DynamicQuantizeLinear -> MatMulInteger -> Cast -> Mul``; onnxru
 per-token      a function that rounds activations token by token, or block by block, in front of a
                float product; weights decoded
 weight-only    ``MatMulNBits`` where the target has it, else a blocked ``DequantizeLinear``
-embeddings     ``Gather`` of integer rows and of their scales, ``Cast``, ``Mul``
+embeddings     ``Gather`` of integer rows and of their scales, ``Cast``, ``Mul``, or between Q/DQ
+               where the target wants it
 =============  ==================================================================================
 """
 
@@ -65,7 +66,7 @@ class Qdq(Pass):
             for attention in structure.attentions
             if not isinstance(way := structure.v_to_o(attention), str)
         }
-        static = StaticLowering(model, plan, rounded)
+        static = StaticLowering(model, plan, rounded, ctx.target)
         dynamic = DynamicLowering(model, rounded)
         activations = ActivationRounding(model)
         for site in plan.sites.values():
@@ -73,7 +74,7 @@ class Qdq(Pass):
                 continue
             linear = linears.get(site.site)
             if site.kind == "embedding":
-                what = lower_embedding(model.graph, embeddings[site.site], site)
+                what = lower_embedding(model.graph, embeddings[site.site], site, ctx.target)
             elif site.kind == "cache" and site.activation is not None:
                 activations.read_cache_rounded(*heads[site.site], site.activation)
                 what = f"keys and values in {site.activation.format}, a scale a token and head"

@@ -17,16 +17,21 @@ from onnxq.passes.lower.weights import (
     weight_as_read,
 )
 from onnxq.passes.plan import QuantPlan, SitePlan
+from onnxq.passes.targets import Target
 from onnxq.passes.weights.rounded import RoundedWeights
 
+CONTRIB = "com.microsoft"
 INT32_MAX = 2**31 - 1
 
 
 class StaticLowering:
     """Lowers the static sites of one plan; activations get one Q/DQ pair each, made once."""
 
-    def __init__(self, model: ir.Model, plan: QuantPlan, rounded: RoundedWeights) -> None:
+    def __init__(
+        self, model: ir.Model, plan: QuantPlan, rounded: RoundedWeights, target: Target
+    ) -> None:
         self._model = model
+        self._target = target
         self._graph = model.graph
         self._plan = plan
         self._rounded = rounded
@@ -56,6 +61,8 @@ class StaticLowering:
         )
         granularity = "per channel" if site.weight.per_channel else "per tensor"
         what = f"Q/DQ, {site.weight.format} {granularity}"
+        if integer_format(site.weight.format).bits not in (2, 4, 8, 16):
+            what += ", each code in a byte"
         if linear.kind != "gemm" or linear.bias is None or linear.bias_add is not None:
             return what
         if self._quantize_bias(linear, weight, self._params[name][2]):
@@ -97,14 +104,18 @@ class StaticLowering:
             return self._dequantized[name]
         value = self._values[name]
         scale, zero, _ = self._activation_params(name)
-        self._require_opset(integer_format(self._plan.values[name].format), "activations")
+        domain = self._domain(integer_format(self._plan.values[name].format), "activations")
         quantize = ir.node(
-            "QuantizeLinear", [value, scale, zero], name=self._names.fresh(f"{name}_QuantizeLinear")
+            "QuantizeLinear",
+            [value, scale, zero],
+            domain=domain,
+            name=self._names.fresh(f"{name}_QuantizeLinear"),
         )
         quantize.outputs[0].name = self._names.fresh(f"{name}_quantized")
         dequantize = ir.node(
             "DequantizeLinear",
             [quantize.outputs[0], scale, zero],
+            domain=domain,
             name=self._names.fresh(f"{name}_DequantizeLinear"),
         )
         out = dequantize.outputs[0]
@@ -114,18 +125,29 @@ class StaticLowering:
         self._dequantized[name] = out
         return out
 
-    def _require_opset(self, fmt: IntFormat, what: str) -> None:
-        """QuantizeLinear and DequantizeLinear learnt 4 and 16 bits in opset 21, 2 bits in 25."""
+    def _domain(self, fmt: IntFormat, what: str) -> str:
+        """The domain of Q/DQ in ``fmt``.
+
+        The standard's operators learnt 4 and 16 bits in opset 21, 2 bits in 25; those of
+        onnxruntime had 4 and 16 before, and some targets read them.
+
+        Raises:
+            PreconditionError: ``PASS-OPSET``: neither will do.
+        """
         opset = self._model.opset_imports.get("", 0)
         if np.dtype(fmt.numpy_dtype) in (np.int8, np.uint8):
-            return
+            return ""
         needed = 25 if fmt.bits <= 2 else 21
+        if opset < needed and self._target.contrib_qdq and fmt.bits in (4, 16):
+            self._graph.opset_imports.setdefault(CONTRIB, 1)
+            return CONTRIB
         if opset < needed:
             raise PreconditionError(
                 "PASS-OPSET",
                 f"`qdq`: {fmt} {what} need opset {needed}; the model has {opset}",
                 f"put `canonicalize{{opset={needed}}}` first",
             )
+        return ""
 
     def _activation_params(self, name: str) -> tuple[ir.Value, ir.Value, float]:
         """Scale and zero point of an activation as constants, and the scale as a number."""
@@ -150,7 +172,7 @@ class StaticLowering:
     ) -> ir.Value:
         base = f"{linear.name}_weight"
         fmt = integer_format(fmt_name)
-        self._require_opset(fmt, "weights")
+        domain = self._domain(fmt, "weights")
         codes = weight.codes.astype(fmt.numpy_dtype)
         inputs = [
             add_initializer(self._graph, self._names.fresh(f"{base}_quantized"), codes),
@@ -161,7 +183,7 @@ class StaticLowering:
             zero = self._names.fresh(f"{base}_zero_point")
             inputs.append(add_initializer(self._graph, zero, weight.zero_point))
         attributes = {} if weight.axis is None else {"axis": weight.axis}
-        return self._dequantize(linear, inputs, attributes, base)
+        return self._dequantize(linear, inputs, attributes, base, domain)
 
     def _quantize_bias(self, linear: Linear, weight: QuantizedWeight, activation: float) -> bool:
         """The bias in int32 at the scale of the accumulator, as onnxruntime's QGemm takes it.
@@ -175,7 +197,9 @@ class StaticLowering:
         bias = linear.b
         if bias is None or linear.bias is None:
             return True
-        scale = np.broadcast_to(weight.scale * np.float32(activation), bias.shape)
+        # Of the weight's rank: QNN takes a bias by channel over a weight by tensor for something
+        # else, and computes nonsense.
+        scale = np.asarray(weight.scale * np.float32(activation), np.float32)
         codes = np.rint(bias.astype(np.float64) / scale)
         if (np.abs(codes) > INT32_MAX).any():
             return False
@@ -184,21 +208,26 @@ class StaticLowering:
             add_initializer(
                 self._graph, self._names.fresh(f"{base}_quantized"), codes.astype(np.int32)
             ),
-            add_initializer(
-                self._graph, self._names.fresh(f"{base}_scale"), np.ascontiguousarray(scale)
-            ),
+            add_initializer(self._graph, self._names.fresh(f"{base}_scale"), scale),
         ]
+        attributes = {"axis": 0} if scale.ndim else {}
         index = next(i for i, v in enumerate(linear.node.inputs) if v is linear.bias)
-        linear.node.replace_input_with(index, self._dequantize(linear, inputs, {"axis": 0}, base))
+        linear.node.replace_input_with(index, self._dequantize(linear, inputs, attributes, base))
         return True
 
     def _dequantize(
-        self, linear: Linear, inputs: list[ir.Value], attributes: dict[str, int], base: str
+        self,
+        linear: Linear,
+        inputs: list[ir.Value],
+        attributes: dict[str, int],
+        base: str,
+        domain: str = "",
     ) -> ir.Value:
         node = ir.node(
             "DequantizeLinear",
             inputs,
             attributes,
+            domain=domain,
             name=self._names.fresh(f"{base}_DequantizeLinear"),
         )
         out = node.outputs[0]

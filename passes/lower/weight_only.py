@@ -45,9 +45,6 @@ from onnxq.passes.weights.rounded import RoundedWeight
 Array = npt.NDArray[Any]
 
 CONTRIB = "com.microsoft"
-NBITS = (2, 4, 8)
-NBITS_BLOCKS = (16, 32, 64, 128, 256)
-"""Blocks that onnxruntime's CPU kernel (1.31) takes."""
 INT8_COMPUTE = 4
 """``accuracy_level`` at which MatMulNBits rounds activations to int8 a block: its fast path."""
 
@@ -89,11 +86,14 @@ def _lower(
     fmt = parse_format(plan.format)
     real_zero = rounded is not None and rounded.zero_point.dtype == np.float32
     if isinstance(fmt, IntFormat):
-        if target.matmul_nbits and plan.block in NBITS_BLOCKS and fmt.bits in NBITS:
+        form = target.form_of(fmt, plan.block, real_zero=real_zero)
+        if form == "MatMulNBits":
             return _lower_to_nbits(model, linear, plan, fmt.bits, rounded)
-        if fmt.bits in (4, 8, 16) and not real_zero:
+        if form != "function":
             return _lower_to_dequantize(model, linear, plan, rounded)
         fmt = dataclasses.replace(fmt, block=0, scheme="sym" if plan.symmetric else "asym")
+    else:
+        target.form_of(fmt, plan.block)
     if rounded is None:
         rounded = to_nearest(_rows(linear), fmt, plan)
     what = lower_to_decode(model, linear, rounded, fmt.bits)

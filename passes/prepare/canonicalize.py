@@ -12,7 +12,7 @@ Rewrites, each of which keeps the function:
    which runs a Gemm on integers only if its bias is in integers too;
 4. a constant zero ``Pad`` before ``Conv`` becomes the Conv's own ``pads``;
 5. dead nodes, Identity and common subexpressions go; unused opset imports go;
-6. an opset below ``opset`` is raised with ONNX's converter.
+6. an opset below ``opset``, or below what a later pass needs, is raised with ONNX's converter.
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ class Canonicalize(Pass):
     """Clean the graph: constants, BatchNorm, Pad, dead code, opset.
 
     Args:
-        opset: lowest opset of the default domain that the later passes can use; 13 has
-            per-channel DequantizeLinear.
+        opset: lowest opset of the default domain; 13 has per-channel DequantizeLinear. Where a
+            later pass needs more for the formats and the target chosen, the model is raised to
+            that.
     """
 
     name: ClassVar[str] = "canonicalize"
@@ -84,8 +85,9 @@ class Canonicalize(Pass):
         report = PassReport()
         before, _ = size = _size(model)
         _drop_constant_inputs(model)
-        if raise_opset(model, self.opset, report):
-            report.change("model", "opset raised", f"to {self.opset}")
+        lowest, because = self._lowest_opset(ctx)
+        if raise_opset(model, lowest, report):
+            report.change("model", "opset raised", f"to {lowest}{because}")
         skipped = report.skipped
         for _ in range(MAX_ROUNDS):
             step = _clean(model)
@@ -96,6 +98,15 @@ class Canonicalize(Pass):
         if size[0] < before:
             report.change("model", "nodes removed", f"{before} to {size[0]}")
         return report
+
+    def _lowest_opset(self, ctx: Context) -> tuple[int, str]:
+        """The opset to raise the model to, and which later pass wants more than ``opset``."""
+        lowest, because = self.opset, ""
+        for later in ctx.upcoming:
+            needed = later.opset_needed(ctx.target)
+            if needed > lowest:
+                lowest, because = needed, f", which `{later.name}` needs"
+        return lowest, because
 
 
 def _size(model: ir.Model) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from onnxq.graph.match import analyze
 from onnxq.passes.contract import Context, Pass, PassReport
 from onnxq.passes.decide.assign import Assign
 from onnxq.passes.keys import PLAN, STATISTICS
+from onnxq.passes.transform.fold_norm import FOLDED_NORMS
 from onnxq.passes.transform.scaling_sites import ScalingSite, apply_scale, find_scaling_sites
 from onnxq.solvers.awq import search_awq
 
@@ -42,7 +43,7 @@ class AwqScale(Pass):
     name: ClassVar[str] = "awq-scale"
     summary: ClassVar[str] = "scale weight columns by their inputs before rounding (AWQ)"
     requires: ClassVar = (STATISTICS,)
-    invalidates: ClassVar = (STATISTICS,)
+    invalidates: ClassVar = (STATISTICS, FOLDED_NORMS)
     forbids: ClassVar = (PLAN,)
     tolerance: ClassVar[float | None] = 1e-4
 
@@ -98,9 +99,11 @@ class AwqScale(Pass):
     def _target(self, ctx: Context) -> tuple[Format, int]:
         """Format and group of the weights, from the options or the ``assign`` that follows."""
         assign = next((p for p in ctx.upcoming if isinstance(p, Assign)), None)
-        name = assign.weights if assign is not None else "int4"
-        group = assign.block if assign is not None else 32
-        fmt = parse_format(name if self.weights == "auto" else self.weights)
+        planned = "int4" if assign is None else assign.weights_on(ctx.target)
+        fmt = parse_format(planned if self.weights == "auto" else self.weights)
+        group = None if assign is None else assign.block
+        if group is None:
+            group = ctx.target.blocks_for(fmt, 0) or 0
         return fmt, group if self.block < 0 else self.block
 
 

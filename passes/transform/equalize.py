@@ -38,6 +38,7 @@ from onnxq.graph.match import (
 from onnxq.graph.match.values import attr_string, const_scalar, node_input, value_dtype
 from onnxq.passes.contract import Context, Pass, PassReport
 from onnxq.passes.keys import PLAN, STATISTICS
+from onnxq.passes.transform.fold_norm import FOLDED_NORMS
 from onnxq.passes.transform.folding import Float64, bias64, stored64
 from onnxq.solvers.equalize import equalizing_scale, sweep
 
@@ -76,7 +77,7 @@ class Equalize(Pass):
 
     name: ClassVar[str] = "equalize"
     summary: ClassVar[str] = "even out weight ranges between neighbouring layers of a CNN"
-    invalidates: ClassVar = (STATISTICS,)
+    invalidates: ClassVar = (STATISTICS, FOLDED_NORMS)
     forbids: ClassVar = (PLAN,)
     tolerance: ClassVar[float | None] = 1e-4
 

@@ -49,6 +49,10 @@ _LARGEST_CORE = 256
 _MAX_STEPS = 12
 
 
+LEAST = 4
+"""Smallest block that is chosen by itself: smaller ones spread nothing."""
+
+
 @dataclass(frozen=True)
 class OnlineHadamard(Pass):
     """Insert Hadamard rotations at run time, their inverse folded into the weights.
@@ -56,8 +60,9 @@ class OnlineHadamard(Pass):
     Args:
         sites: ``down``: inputs of the layers that close an MLP (R4); ``qk``: queries and keys
             behind the rotary embedding (R3).
-        block: channels that are rotated together at ``down``; 0 for the whole width. Formats
-            with a scale a block want a multiple of their block.
+        block: channels that are rotated together at ``down``; 0 for the whole width or, where no
+            Hadamard matrix of that order can be constructed, for its largest divisor that has one.
+            Formats with a scale a block want a multiple of their block.
     """
 
     name: ClassVar[str] = "online-hadamard"
@@ -109,11 +114,12 @@ class OnlineHadamard(Pass):
             report.skip("down", "the graph has no MLP whose closing layer could be told")
         for down in downs:
             n = down.in_features
-            reason = why_no_hadamard(n, self.block)
+            block = self.block or _fitting_block(n)
+            reason = why_no_hadamard(n, block)
             if reason is not None:
                 report.skip(down.name, reason)
             elif ctx.budget.take(down.name):
-                order = self.block or n
+                order = block or n
                 rotate_input(down, order, builder)
                 share = 100 * _additions(order) / down.out_features
                 report.change(
@@ -158,6 +164,14 @@ def why_no_hadamard(n: int, block: int) -> str | None:
     if core > _LARGEST_CORE:
         return f"a Hadamard matrix of order {n} has a core of {core}, above {_LARGEST_CORE}"
     return None
+
+
+def _fitting_block(n: int) -> int:
+    """0 for the whole width; else its largest divisor that can be rotated, 0 if there is none."""
+    if why_no_hadamard(n, 0) is None:
+        return 0
+    divisors = (d for d in range(n // 2, LEAST - 1, -1) if n % d == 0)
+    return next((d for d in divisors if why_no_hadamard(n, d) is None), 0)
 
 
 def _additions(order: int) -> int:

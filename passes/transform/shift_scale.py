@@ -25,6 +25,7 @@ from onnxq.formats import IntFormat
 from onnxq.graph.match import analyze
 from onnxq.passes.contract import Context, Pass, PassReport
 from onnxq.passes.keys import PLAN, STATISTICS
+from onnxq.passes.transform.fold_norm import FOLDED_NORMS
 from onnxq.passes.transform.folding import (
     Float64,
     bias64,
@@ -54,7 +55,7 @@ class ShiftScale(Pass):
     name: ClassVar[str] = "shift-scale"
     summary: ClassVar[str] = "centre and shrink activation channels (Outlier Suppression+)"
     requires: ClassVar = (STATISTICS,)
-    invalidates: ClassVar = (STATISTICS,)
+    invalidates: ClassVar = (STATISTICS, FOLDED_NORMS)
     forbids: ClassVar = (PLAN,)
     tolerance: ClassVar[float | None] = 1e-4
 

@@ -10,8 +10,9 @@ Softmax is blind to what is added to all scores of a query, and its rows sum to 
    score added to the lowest number may overflow, so there the guard stays.
 
 1 applies when only changes of shape and constant factors lie between the key layer and the scores
-(rotary embeddings move the bias by position); 2 when the value layer's channels can be followed
-to the output layer and no guard of kind 3 is left, which would zero rows.
+(rotary embeddings move the bias by position) and what masks write over scores is -1e3 or less; 2
+when the value layer's channels can be followed to the output layer and no guard of kind 3 is left,
+which would zero rows.
 """
 
 from __future__ import annotations
@@ -27,9 +28,13 @@ from onnxq.graph.match import Attention, Linear, Structure, analyze, const_array
 from onnxq.graph.match.values import const_scalar, producer, value_dtype
 from onnxq.passes.contract import Context, Pass, PassReport
 from onnxq.passes.keys import PLAN, STATISTICS
+from onnxq.passes.transform.fold_norm import FOLDED_NORMS
 
 _SHAPE_OPS = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity")
 _MAX_STEPS = 12
+
+OUT = -1e3
+"""Scores that are overwritten with this or less have probability 0 in float32."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class SimplifyAttention(Pass):
 
     name: ClassVar[str] = "simplify-attention"
     summary: ClassVar[str] = "drop key biases and idle NaN guards; move value biases on"
-    invalidates: ClassVar = (STATISTICS,)
+    invalidates: ClassVar = (STATISTICS, FOLDED_NORMS)
     forbids: ClassVar = (PLAN,)
     tolerance: ClassVar[float | None] = 1e-4
     may_match_nothing: ClassVar[bool] = True
@@ -58,7 +63,7 @@ class SimplifyAttention(Pass):
             _fold_value_bias(structure, attention, report)
         structure = analyze(model)
         for attention in structure.attentions:
-            _drop_key_bias(structure, attention, report)
+            _drop_key_bias(structure, attention, model.ir_version, report)
         remove_dead(model.graph)
         return report
 
@@ -71,15 +76,34 @@ def _guard_of(attention: Attention) -> ir.Node | None:
 
 def _masks_of(attention: Attention, guard: ir.Node) -> list[ir.Value | None]:
     """What is added to the scores or written over them."""
+    return [*attention.addends, *_fills_of(attention, guard)]
+
+
+def _fills_of(attention: Attention, guard: ir.Node | None = None) -> list[ir.Value | None]:
+    """What is written over the scores: the other branch of a Where, the other side of a Max."""
     path = {value for node in attention.nodes for value in node.outputs}
-    fills = [
+    before = attention.nodes[: attention.nodes.index(attention.softmax)]
+    return [
         value
-        for node in attention.nodes
+        for node in before
         if is_op(node, "Where", "Max") and node is not guard
         for value in node.inputs[1 if is_op(node, "Where") else 0 :]
         if value not in path
     ]
-    return [*attention.addends, *fills]
+
+
+def _is_out(value: ir.Value | None, ir_version: int) -> bool:
+    """Whether scores of ``value`` get no weight beside others: constants of ``OUT`` or less.
+
+    A fill in the range of the scores keeps its place among them only if they are not shifted.
+    """
+    array = const_array(value, ir_version)
+    if array is not None:
+        return bool((array.astype(np.float64) <= OUT).all())
+    node = None if value is None else value.producer()
+    if node is not None and is_op(node, *_SHAPE_OPS, "Expand", "Slice"):
+        return _is_out(node.inputs[0], ir_version)
+    return False
 
 
 def _drop_guard(attention: Attention, ir_version: int, report: PassReport) -> None:
@@ -121,12 +145,20 @@ def _is_private(value: ir.Value) -> bool:
     return len(readers) == 1 and not value.is_graph_output()
 
 
-def _drop_key_bias(structure: Structure, attention: Attention, report: PassReport) -> None:
+def _drop_key_bias(
+    structure: Structure, attention: Attention, ir_version: int, report: PassReport
+) -> None:
     key = _writer_of(structure, attention.k)
     if key is None:
         report.skip(
             attention.name,
             "key bias: keys are moved by position, read elsewhere, or not from one linear layer",
+        )
+        return
+    if not all(_is_out(fill, ir_version) for fill in _fills_of(attention)):
+        report.skip(
+            attention.name,
+            f"key bias: scores are written over with numbers that may be above {OUT:g}",
         )
         return
     if key.bias_add is None:

@@ -22,6 +22,7 @@ from onnxq.formats import IntFormat
 from onnxq.graph.match import analyze
 from onnxq.passes.contract import Budget, Context, Pass, PassReport
 from onnxq.passes.keys import PLAN, STATISTICS
+from onnxq.passes.transform.fold_norm import FOLDED_NORMS
 from onnxq.passes.transform.scaling_sites import (
     Float,
     ScalingSite,
@@ -49,7 +50,7 @@ class SmoothQuant(Pass):
     name: ClassVar[str] = "smooth-quant"
     summary: ClassVar[str] = "even out activation channels, folded into norms and weights"
     requires: ClassVar = (STATISTICS,)
-    invalidates: ClassVar = (STATISTICS,)
+    invalidates: ClassVar = (STATISTICS, FOLDED_NORMS)
     forbids: ClassVar = (PLAN,)
     tolerance: ClassVar[float | None] = 1e-4
 

@@ -178,8 +178,13 @@ def format_of(site: SitePlan, weight: WeightPlan, ctx: Context) -> Format:
     fmt = dataclasses.replace(fmt, block=0)
     if not weight.symmetric:
         return dataclasses.replace(fmt, scheme="asym")
-    full_range = site.mode == "weight-only" and ctx.target.matmul_nbits and weight.block
-    return dataclasses.replace(fmt, scheme="full") if full_range else fmt
+    # DequantizeLinear takes positive scales only.
+    signed_scales = (
+        site.mode == "weight-only"
+        and bool(weight.block)
+        and ctx.target.form_of(fmt, weight.block) in ("MatMulNBits", "function")
+    )
+    return dataclasses.replace(fmt, scheme="full") if signed_scales else fmt
 
 
 def searched_scales(rows: Array, gram: Array, fmt: Format, group: int) -> Params:

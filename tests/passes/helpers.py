@@ -24,6 +24,7 @@ import pytest
 from onnxq.calibration.data import open_data
 from onnxq.graph.edit import validate
 from onnxq.passes.contract import Pass, PassReport
+from onnxq.passes.targets import Target
 from onnxq.pipeline.runner import Pipeline, RunResult
 
 Array = npt.NDArray[Any]
@@ -49,6 +50,15 @@ def model_of(
     return ir.from_proto(proto)
 
 
+def fixed(model: ir.Model, size: int = 1) -> ir.Model:
+    """A copy in which every free dimension of the inputs is ``size``."""
+    copy = model.clone()
+    for value in copy.graph.inputs:
+        dims = value.shape or ()
+        value.shape = ir.Shape([d if isinstance(d, int) else size for d in dims])
+    return copy
+
+
 def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> Array:
     """Gaussian float32 numbers."""
     return (scale * np.random.default_rng(seed).standard_normal(shape)).astype(np.float32)
@@ -58,7 +68,7 @@ def apply(
     model: ir.Model,
     *passes: Pass,
     samples: Sequence[Feeds] | None = None,
-    target: str = "cpu",
+    target: str | Target = "cpu",
 ) -> RunResult:
     """Run ``passes`` on a copy of ``model``; the result is valid IR that onnx.checker accepts."""
     data = None if samples is None else open_data(list(samples), model)

@@ -262,7 +262,7 @@ def test_provenance_names_the_input_as_it_came_in(tmp_path):
     ("change", "named"),
     [
         ({"seed": 1}, "seed"),
-        ({"target": "qnn"}, "target"),
+        ({"target": "tensorrt"}, "target"),
         ({"data": 99}, "calibration"),
         ({"text": FULL + ",early"}, "pipeline"),
         ({"model": True}, "input"),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import builtins
 import sys
 from importlib import metadata
+from importlib.metadata import PackagePath
 from typing import Any
 
 import pytest
@@ -47,6 +48,18 @@ def test_two_flavours_are_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> No
         require_onnxruntime()
     assert caught.value.code == "UNSUPPORTED-TWO-ORT"
     assert "pip uninstall -y onnxruntime onnxruntime-gpu" in caught.value.hint
+
+
+def test_a_plug_in_beside_onnxruntime_is_no_second_flavour(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("onnxq.runtime.flavour.metadata.version", lambda _: "2.7.0")
+    files = {"onnxruntime": "onnxruntime/__init__.py", "onnxruntime-qnn": "onnxruntime_qnn/x.so"}
+    monkeypatch.setattr(
+        "onnxq.runtime.flavour.metadata.files",
+        lambda name: [PackagePath(files.get(name, "other/__init__.py"))],
+    )
+    assert installed_flavours() == {"onnxruntime": "2.7.0"}
 
 
 def test_no_flavour_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:

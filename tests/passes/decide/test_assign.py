@@ -191,7 +191,7 @@ def test_layers_inside_of_branches_are_counted() -> None:
 def test_the_target_chooses_formats() -> None:
     plan, _ = plan_of(block(), samples(), target="tensorrt")
     assert {(v.format, v.symmetric) for v in plan.values.values()} == {("int8", True)}
-    plan, _ = plan_of(block(), samples(), target="qnn")
+    plan, _ = plan_of(h.fixed(block(), 2), samples(), target="qnn")
     assert not any(s.weight.per_channel for s in plan.sites.values() if s.weight)
     with pytest.raises(UnsupportedError) as caught:
         plan_of(block(), samples(), target="tensorrt", mode="dynamic")
@@ -204,6 +204,9 @@ def test_the_target_chooses_formats() -> None:
         ({"weights": "fp8e4m3"}, "SPEC-FORMAT"),
         ({"activations": "uint5"}, "SPEC-FORMAT"),
         ({"block": 24}, "SPEC-RANGE"),
+        ({"mode": "weight-only", "weights": "int4", "block": 1 << 32}, "SPEC-RANGE"),
+        ({"mode": "weight-only", "weights": f"int4g{1 << 32}"}, "SPEC-RANGE"),
+        ({"weights": "int8", "symmetric_weights": False}, "SPEC-COMBINATION"),
         ({"block": 32}, "SPEC-COMBINATION"),
         ({"mode": "dynamic", "block": 32}, "SPEC-COMBINATION"),
         ({"mode": "dynamic", "weights": "int4"}, "SPEC-COMBINATION"),

@@ -45,6 +45,17 @@ def test_down_keeps_the_function(inner: int, block: int) -> None:
     assert len(analyze(rotated).linears) == len(analyze(model).linears)
 
 
+def test_a_width_without_a_matrix_is_rotated_in_its_largest_divisor_that_has_one() -> None:
+    model = llama(inner=172)
+    rotated, report = hadamard(model)
+    assert [change.what for change in report.changed] == ["R4: Hadamard of order 4"] * 2
+    assert_exact(model, rotated)
+    again, _ = hadamard(llama(inner=2 * 172))
+    assert ops(again)["RotateBlocks"] == 2
+    _, odd = hadamard(llama(inner=86))
+    assert "no Hadamard matrix of order 86" in reasons(odd)
+
+
 def test_the_rotated_input_is_flat_and_has_the_same_length() -> None:
     model = llama(inner=64)
     x = str(analyze(model).gated_mlps[0].down.x.name)

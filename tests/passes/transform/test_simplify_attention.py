@@ -36,6 +36,38 @@ def test_key_and_value_biases_go_and_the_function_stays(mask: float | None) -> N
     h.assert_same_function(clean, done, samples())
 
 
+@pytest.mark.parametrize(("fill", "drops"), [(-5.0, False), (0.0, False), (-1e3, True)])
+def test_a_key_bias_stays_where_a_mask_fill_competes_with_the_scores(
+    fill: float, drops: bool
+) -> None:
+    """Scores move by ``q . b_k``, what is written over them does not."""
+    model = h.model_of(
+        """g (float[1, 5, 8] x, bool[1, 5, 5] m) => (float[1, 5, 8] y) {
+            q = MatMul(x, qw)
+            k0 = MatMul(x, kw)
+            k = Add(k0, kb)
+            v = MatMul(x, vw)
+            kt = Transpose <perm = [0, 2, 1]> (k)
+            s = MatMul(q, kt)
+            w = Where(m, s, fill)
+            p = Softmax <axis = -1> (w)
+            c = MatMul(p, v)
+            y = MatMul(c, ow)
+        }""",
+        {
+            **{f"{n}w": h.normal(8, 8, seed=i, scale=0.5) for i, n in enumerate("qkvo")},
+            "kb": h.normal(8, seed=9, scale=3.0),
+            "fill": np.array(fill, np.float32),
+        },
+    )
+    result = h.apply(model, SimplifyAttention())
+    report = h.report_of(result, "simplify-attention")
+    assert ("key bias dropped" in changes(report)) == drops
+    assert ("may be above -1000" in h.reasons(report)) != drops
+    mask = np.tril(np.ones((1, 5, 5), bool))
+    h.assert_same_function(model, result.model, [{"x": h.normal(1, 5, 8, seed=3), "m": mask}])
+
+
 def test_the_value_bias_arrives_multiplied_by_the_output_weight() -> None:
     """``b_o + W_o^T b_v`` for the block's heads, which lie side by side (Vaswani et al. 2017)."""
     _, done, _ = simplified(block())
