@@ -108,9 +108,18 @@ def copy_model(model: ir.Model) -> ir.Model:
     copies: dict[int, tuple[ir.TensorProtocol, ir.TensorProtocol]] = {}
     for replace, tensor, _ in list(tensor_slots(clone)):
         # Values name their tensors, and so would rename those of the original.
-        _, own = copies.setdefault(id(tensor), (tensor, copy.copy(tensor)))
+        _, own = copies.setdefault(id(tensor), (tensor, _renamable(tensor)))
         replace(own)
     return clone
+
+
+def _renamable(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """The same elements under a name of its own."""
+    if isinstance(tensor, ir.TensorProtoTensor):  # its name is that of the message
+        return ir.LazyTensor(
+            lambda: tensor, dtype=tensor.dtype, shape=tensor.shape, name=tensor.name
+        )
+    return copy.copy(tensor)
 
 
 def files_of(model: ir.Model) -> set[DataFile]:

@@ -160,6 +160,19 @@ def test_texts_are_padded_to_a_fixed_length_of_the_model(tmp_path: Path, tokeniz
     assert any("5 tokens" in note for note in data.notes)
 
 
+def test_a_tokenizer_or_images_that_nothing_uses_are_refused(
+    tmp_path: Path, tokenizer: Path
+) -> None:
+    ones = np.ones((1, 3), np.int64)
+    np.savez(tmp_path / "x.npz", input_ids=ones, attention_mask=ones)
+    for spec in (tmp_path / "x.npz", "random", [{"input_ids": ones, "attention_mask": ones}]):
+        refused("CALIB-IDLE-OPTION", spec, TEXT, tokenizer=tokenizer)
+        refused("CALIB-IDLE-OPTION", spec, TEXT, images="resize=8")
+        open_data(spec, model(TEXT))
+    (tmp_path / "t.txt").write_text("one\ntwo\n")
+    refused("CALIB-IDLE-OPTION", tmp_path / "t.txt", TEXT, tokenizer=tokenizer, images="resize=8")
+
+
 def test_columns_of_csv(tmp_path: Path, tokenizer: Path) -> None:
     plain, tabs = tmp_path / "c.csv", tmp_path / "t.csv"
     plain.write_text('label,sentence\n1,"a plane, is"\n0,off\n')

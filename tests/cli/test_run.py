@@ -102,6 +102,29 @@ def test_dry_run_writes_nothing(cli: Any, mlp: Path, tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_dry_run_and_bisect_exclude_each_other(cli: Any, mlp: Path, samples: Path) -> None:
+    result = cli("run", mlp, "--passes", "w8a8", "--calib", samples, "--bisect", "--dry-run")
+    assert result.exit_code == 2
+    assert "SPEC-COMBINATION" in result.stderr
+
+
+def test_a_poor_result_says_so_in_text_json_and_report(
+    cli: Any, mlp: Path, samples: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "page.html"
+    passes = "canonicalize,assign{mode=weight-only weights=binary},qdq"
+    args = ("run", mlp, "--passes", passes, "-o", tmp_path / "out.onnx", "--calib", samples)
+    result = cli(*args, "--report", page)
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[-1].startswith("POOR RESULT | cosine 0.")
+    assert "POOR RESULT: output `y`" in result.stderr
+    assert "POOR RESULT: output `y`" in page.read_text().replace("&#x27;", "'")
+    record = json.loads(cli(*args, "--json").stdout)
+    assert record["status"] == "poor"
+    assert any(w.startswith("POOR RESULT") for w in record["warnings"])
+    assert cli(*args, "--min-cosine", "0.98").exit_code == 3
+
+
 def test_bisect_says_that_nothing_broke(cli: Any, mlp: Path, samples: Path, tmp_path: Path) -> None:
     before = sorted(tmp_path.iterdir())
     args = ("run", mlp, "--passes", "w8a8", "--calib", samples, "--bisect")

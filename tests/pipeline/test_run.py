@@ -19,7 +19,7 @@ import pytest
 import onnxq
 from onnxq.errors import DataError, NoopError, OnnxqError, PipelineError, QualityError, SpecError
 from onnxq.graph import io
-from onnxq.pipeline.run import dry_run, run
+from onnxq.pipeline.run import POOR_COSINE, dry_run, run
 from onnxq.pipeline.stage import staging
 from tests.pipeline.tiny import REGISTRY, samples, tiny_model
 
@@ -258,6 +258,27 @@ def test_a_bad_result_can_be_kept_and_is_still_an_error(source, out):
     assert caught.value.exit_code == 3
     assert caught.value.hint.endswith("the output was kept")
     assert io.load(out).graph.name == "tiny"
+
+
+def test_a_poor_result_is_written_with_a_loud_warning(source, out):
+    fine = go(source, out)
+    assert fine.cosine >= POOR_COSINE
+    assert not fine.is_poor
+    poor = go(source, out, "observe,round{bits=2}")
+    assert poor.cosine < POOR_COSINE
+    assert poor.is_poor
+    assert poor.to_json()["is_poor"] is True
+    (warning,) = [w for w in poor.warnings if w.startswith("POOR RESULT: output ")]
+    assert f"cosine {poor.cosine:.4f}" in warning
+    assert "--min-cosine" in warning
+
+
+def test_samples_of_nothing_but_zeros_are_warned_of(source, out):
+    zeros = [{name: np.zeros_like(a) for name, a in s.items()} for s in samples()]
+    assert any("is ZERO in all inputs" in w for w in go(source, out, calib=zeros).warnings)
+    assert not any("ZERO" in w for w in go(source, out).warnings)
+    almost = [*zeros[:-1], samples()[0]]
+    assert not any("ZERO" in w for w in go(source, out, calib=almost, holdout=0).warnings)
 
 
 def test_a_threshold_that_cannot_be_measured_is_refused(out, tmp_path):

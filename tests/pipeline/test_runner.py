@@ -332,3 +332,22 @@ def test_the_parsed_and_the_built_pipeline_are_one():
     text = "observe,round{bits=4}"
     assert Pipeline([Observe(), Round(4)]).passes == parse(text, REGISTRY)
     assert str(Pipeline([Observe(), Round(4)])) == text
+
+
+def test_the_model_that_is_given_stays_as_it_is():
+    """Tensors of Constant nodes have no name as a rule, and lifting them gives them one."""
+    import onnx.parser
+
+    from onnxq.passes.prepare.canonicalize import Canonicalize
+
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+    g (float[1, 4] x) => (float[1, 4] y) {
+        c = Constant <value = float[4] {1.0, 2.0, 3.0, 4.0}> ()
+        y = Mul(x, c)
+    }"""
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    model.graph[0].attributes["value"].as_tensor().name = None
+    before = ir.to_proto(model).SerializeToString(deterministic=True)
+    Pipeline([Canonicalize()]).run(model)
+    assert not model.graph[0].attributes["value"].as_tensor().name
+    assert ir.to_proto(model).SerializeToString(deterministic=True) == before
