@@ -36,13 +36,14 @@ Feeds = Mapping[str, np.ndarray]
 
 def main() -> None:
     parser = common.parser(__doc__)
+    parser.add_argument("--only", nargs="+", metavar="TARGET", choices=RUNTIMES, default=RUNTIMES)
     arguments = parser.parse_args()
     absent = {name: why for name in RUNTIMES if (why := missing(name))}
     rows: list[dict[str, Any]] = []
     with common.workspace() as folder:
         for case, model, calibration, feeds in cases(folder, arguments.quick):
             for target in RUNTIMES:
-                if target in absent:
+                if target in absent or target not in arguments.only:
                     continue
                 for recipe in ("fp32", *RECIPES):
                     row = measure(folder, case, model, calibration, feeds, target, recipe)

@@ -34,7 +34,7 @@ BELOW: dict[str, set[str]] = {
     },
     "pipeline": {
         *("passes", "custom_ops", "runtime", "calibration", "solvers", "graph", "formats"),
-        "errors",
+        *("evaluation", "data", "errors"),
     },
     "cli": {
         *("pipeline", "passes", "custom_ops", "runtime", "calibration", "solvers", "graph"),

@@ -119,6 +119,7 @@ def run_view(
         provenance=provenance,
         samples=summary.samples,
         is_poor=summary.is_poor,
+        task="" if summary.task is None else summary.task.words(),
     )
 
 

@@ -198,6 +198,7 @@ class RunView:
     provenance: Mapping[str, str] = field(default_factory=dict)
     samples: str = ""
     is_poor: bool = False
+    task: str = ""
 
     @property
     def worst(self) -> ErrorView | None:
@@ -210,6 +211,8 @@ class RunView:
         if self.worst is not None:
             parts.append(f"cosine {self.worst.cosine:.5f}, SQNR {self.worst.sqnr_db:.1f} dB")
         parts.append(f"{self.bytes_before / self.bytes_after:.2f}x smaller")
+        if self.task:
+            parts.append(self.task)
         if self.speed is not None:
             parts.append(f"{self.speed.ratio:.2f}x fp32 speed")
         return " | ".join((*parts, f"Command: {self.command}"))
@@ -232,6 +235,7 @@ class RunView:
             "speed": None if self.speed is None else self.speed.to_json(),
             "layers": [e.to_json() for e in self.layers],
             "weight_bits": self.weight_bits,
+            "task": self.task or None,
             "provenance": dict(self.provenance),
             "command": self.command,
         }

@@ -68,6 +68,12 @@ class EvalResult:
     n: int
     details: Mapping[str, Any] = field(default_factory=dict)
 
+    def drop_to(self, other: EvalResult) -> float:
+        """What ``other`` loses against this: points of the metric, or percent more perplexity."""
+        if self.metric == "perplexity":
+            return 100.0 * (other.value / self.value - 1.0)
+        return self.value - other.value
+
     def to_json(self) -> dict[str, Any]:
         """The result as one JSON object."""
         return {

@@ -29,6 +29,7 @@ from onnxq.pipeline.overwrite import refuse_overwrite
 from onnxq.pipeline.runner import Pipeline, RunResult, StepResult
 from onnxq.pipeline.samples import Split, split_holdout
 from onnxq.pipeline.stage import staging
+from onnxq.pipeline.task import TaskResult, TaskSpec, measure_task
 from onnxq.pipeline.validate import validate
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class RunSummary:
         comparison: of the written file with the input, or None without samples.
         samples: what was calibrated and compared on, in words.
         warnings: what the user should know, such as random data or unverified passes.
+        task: what the task measured that was asked for.
         bytes_before, bytes_after: of the files, external data included.
         seconds, cpu_seconds: of the whole run, child processes included.
     """
@@ -79,6 +81,7 @@ class RunSummary:
     warnings: list[str]
     bytes_before: int
     bytes_after: int
+    task: TaskResult | None = None
     seconds: float = 0.0
     cpu_seconds: float = 0.0
 
@@ -127,6 +130,7 @@ class RunSummary:
             "samples": self.samples,
             "warnings": self.warnings,
             "is_poor": self.is_poor,
+            "task": None if self.task is None else vars(self.task),
             "passes": [s.to_json() for s in self.steps],
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
@@ -187,6 +191,10 @@ def run(
     jobs: int = 1,
     cluster: str | None = None,
     min_cosine: float | None = None,
+    task: str | None = None,
+    task_data: str | os.PathLike[str] | None = None,
+    task_limit: int | None = None,
+    max_drop: float | None = None,
     keep_bad: bool = False,
     allow_noop: bool = False,
     verify: bool = True,
@@ -216,8 +224,12 @@ def run(
         jobs: processes that passes may give independent work to.
         cluster: address of a dask scheduler that takes it instead, as ``tcp://host:8786``.
         min_cosine: least mean cosine of every output with the original's.
-        keep_bad: write the output even if it is below ``min_cosine`` or broken; the error is
-            raised all the same.
+        task: measure original and result on this task (``sts``, ``perplexity``, ...).
+        task_data: the task's file or folder.
+        task_limit: use only the first so many of its examples.
+        max_drop: most that the task's metric may lose: points, or percent more perplexity.
+        keep_bad: write the output even if it is below ``min_cosine``, beyond ``max_drop`` or
+            broken; the error is raised all the same.
         allow_noop: accept passes that match nothing.
         verify: check passes that declare a tolerance.
         speed_seconds: time for the measurement of speed; 0 leaves it out.
@@ -232,12 +244,13 @@ def run(
         DataError: a file or the samples are bad, or ``out`` cannot be written.
         NoopError: ``NOOP``: a pass matched nothing.
         QualityError: ``QUALITY-COSINE``, ``QUALITY-ALL-ZERO``, ``QUALITY-NOT-FINITE``,
-            ``QUALITY-SHAPE``.
+            ``QUALITY-SHAPE``, ``QUALITY-DROP``.
         EquivalenceError: a pass broke its promise.
     """
     began, cpu = time.perf_counter(), _cpu_seconds()
     tell = progress or no_progress
     output = Path(out)
+    spec = TaskSpec.of(task, task_data, task_limit, max_drop)
     data_options = {
         "tokenizer": tokenizer,
         "images": images,
@@ -285,6 +298,10 @@ def run(
                 progress=tell,
             )
         problem = None if comparison is None else _problem(comparison, min_cosine)
+        measured = None
+        if spec is not None and (problem is None or keep_bad):
+            measured = measure_task(spec, plan.source, staged.path, tokenizer, plan.threads)
+            problem = problem or measured.problem(max_drop)
         if problem is not None:
             problem.hint += "; the output was kept" if keep_bad else "; nothing was written"
             if not keep_bad:
@@ -309,6 +326,7 @@ def run(
         comparison=comparison,
         samples=plan.split.words,
         warnings=plan.warnings,
+        task=measured,
         bytes_before=io.size_on_disk(plan.source),
         bytes_after=saved.bytes,
         seconds=time.perf_counter() - began,

@@ -48,6 +48,16 @@ from onnxq.cli.options import FILE, calibration, common, threads
     type=click.FloatRange(-1.0, 1.0),
     help="Exit with 3, writing nothing, when an output is farther from fp32.",
 )
+@click.option("--task", metavar="TASK", help="Measure before and after on TASK, see `onnxq eval`.")
+@click.option("--data", type=FILE, metavar="PATH", help="The task's file or folder.")
+@click.option(
+    "--task-limit", type=click.IntRange(min=1), help="Use only its first so many examples."
+)
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(0.0),
+    help="Exit with 3, writing nothing, when the task loses more points (percent for perplexity).",
+)
 @click.option("--allow-noop", is_flag=True, help="Accept passes that match nothing.")
 @click.option("--dry-run", is_flag=True, help="Show what each pass would match; write nothing.")
 @click.option("--dump-dir", type=FILE, metavar="DIR", help="Keep the model after each pass there.")
