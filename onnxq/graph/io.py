@@ -11,7 +11,7 @@ from onnxq.graph.external import MAX_EXTERNAL_BYTES, FileTensor
 from onnxq.graph.identity import file_hash, fingerprint, get_provenance, set_provenance
 from onnxq.graph.probe import check_loads
 from onnxq.graph.read import data_files, load, size_on_disk
-from onnxq.graph.tensors import copy_model, tensor_slots
+from onnxq.graph.tensors import copy_model, copy_to_edit, tensor_slots
 from onnxq.graph.write import MAX_MESSAGE_BYTES, SavedModel, save, serialized, session_source
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "SavedModel",
     "check_loads",
     "copy_model",
+    "copy_to_edit",
     "data_files",
     "file_hash",
     "fingerprint",

@@ -92,25 +92,31 @@ def external_slots(model: ir.Model) -> list[tuple[Setter, ir.ExternalTensor]]:
 
 
 def copy_model(model: ir.Model) -> ir.Model:
-    """A copy with graphs, nodes, values, metadata and tensor names of its own.
-
-    The tensors' elements are shared, and two places that hold one tensor still do so in the copy.
-    """
+    """A copy with graphs, nodes, values and metadata of its own; the tensors are shared."""
     try:
-        clone = model.clone()
+        copied = model.clone()
     except Exception as error:
         raise InternalError(
             "INTERNAL-INVALID-GRAPH",
             f"the graph is not consistent: {' '.join(str(error).split())[:300]}",
             "a pass left it broken; find it with --bisect and report it",
         ) from error
-    clone.meta.update(model.meta)
+    copied.meta.update(model.meta)
+    return copied
+
+
+def copy_to_edit(model: ir.Model) -> ir.Model:
+    """As :func:`copy_model`, with tensors of its own too; their elements are shared.
+
+    Values name their tensors, so passes on a plain copy would rename those of the original. Two
+    places that hold one tensor still do so in the copy.
+    """
+    copied = copy_model(model)
     copies: dict[int, tuple[ir.TensorProtocol, ir.TensorProtocol]] = {}
-    for replace, tensor, _ in list(tensor_slots(clone)):
-        # Values name their tensors, and so would rename those of the original.
+    for replace, tensor, _ in list(tensor_slots(copied)):
         _, own = copies.setdefault(id(tensor), (tensor, _renamable(tensor)))
         replace(own)
-    return clone
+    return copied
 
 
 def _renamable(tensor: ir.TensorProtocol) -> ir.TensorProtocol:

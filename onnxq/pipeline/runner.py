@@ -198,7 +198,7 @@ class Pipeline:
         # Before the passes run: they share the input's tensors, and may name those without a name.
         provenance = provenance_of(self.passes, reference, settings)
         dump = _open_dump(dump_dir, resume, self.passes, provenance)
-        state = _State(reference, io.copy_model(reference), Artifacts())
+        state = _State(reference, io.copy_to_edit(reference), Artifacts())
         results: list[StepResult] = []
         if dump is not None and resume:
             results = _restore(dump, state)
