@@ -281,7 +281,8 @@ class Assign(Pass):
             target.check_static(weights, activations)
         opset, needed = model.opset_imports.get("", 0), self.opset_needed(target)
         # Q/DQ by channel below opset 13 is a reason to leave layers in float, not an error.
-        if opset < needed and needed > 13:
+        # What rounds tokens says itself what it needs: packed, it is less than decoded.
+        if opset < needed and needed > 13 and self.mode != "per-token":
             raise PreconditionError(
                 "PASS-OPSET",
                 f"`assign`: {weights} weights for target `{target.name}` need opset {needed}; "
@@ -333,7 +334,7 @@ class Assign(Pass):
         fmt = parse_format(self.weights_on(target))
         if self.mode not in ANY_WEIGHT or linear.kind == "conv":
             return 0
-        if self.block is None:
+        if self.block is None and self.mode == "weight-only":
             return target.blocks_for(fmt, linear.in_features)
         block = self.block or fmt.block
         fits = not (target.whole_blocks and block and linear.in_features % block)

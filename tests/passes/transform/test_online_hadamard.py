@@ -50,8 +50,9 @@ def test_a_width_without_a_matrix_is_rotated_in_its_largest_divisor_that_has_one
     rotated, report = hadamard(model)
     assert [change.what for change in report.changed] == ["R4: Hadamard of order 4"] * 2
     assert_exact(model, rotated)
-    again, _ = hadamard(llama(inner=2 * 172))
-    assert ops(again)["RotateBlocks"] == 2
+    again, more = hadamard(llama(inner=2 * 172))
+    assert [change.what for change in more.changed] == ["R4: Hadamard of order 8"] * 2
+    assert_exact(llama(inner=2 * 172), again)
     _, odd = hadamard(llama(inner=86))
     assert "no Hadamard matrix of order 86" in reasons(odd)
 
