@@ -1,0 +1,59 @@
+// The plain C interface of the CUDA kernels: pointers to device memory, sizes, a stream. Nothing here
+// allocates or waits, so that calls can be captured in a CUDA graph.
+//
+// Every function returns 0, or a code that onnxq_cuda_error_text explains. custom_ops/cuda_calls.py
+// mirrors the structs.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "hadamard.h"
+#include "plan.h"
+
+#if defined(__CUDACC__)
+#include <cuda_runtime_api.h>
+using OnnxqStream = cudaStream_t;
+#else
+using OnnxqStream = void*;
+#endif
+
+// Types of activations, as ELEMENT_TYPES of cuda_calls.py numbers them.
+namespace onnxq::cuda {
+enum class Element : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
+
+// Codes of our own, beside cudaError_t and cublas_lt.h's kErrorMatrixLibrary.
+inline constexpr int kErrorArguments = 100001;
+inline constexpr int kErrorScratch = 100003;
+}  // namespace onnxq::cuda
+
+extern "C" {
+
+// Prepares the present device: limits of shared memory, cuBLASLt. To be called before any launch,
+// outside of stream capture; later calls are cheap.
+int onnxq_cuda_prepare();
+
+// What the machine has. Versions are 1000 · major + 10 · minor, 0 for none; capability is
+// 10 · major + minor of the present device, 0 for none. Raises no error.
+void onnxq_cuda_probe(int* driver, int* runtime, int* devices, int* capability);
+
+// How to run a product on the present device; element is an Element, kind a WeightKind.
+int onnxq_cuda_plan(const onnxq::cuda::QuantMatMulArgs* args, int kind, int element,
+                    onnxq::cuda::Plan* plan);
+
+// Runs a plan; `scratch` has plan->scratch_bytes, 256-byte aligned. args->partial is not read.
+int onnxq_cuda_quant_mat_mul(const onnxq::cuda::QuantMatMulArgs* args, int kind, int bits,
+                             int element, float unit, const onnxq::cuda::Plan* plan, void* scratch,
+                             OnnxqStream stream);
+
+// floats: 1 writes the integers in the type of x, which then has 16 bits.
+int onnxq_cuda_per_token(const onnxq::cuda::PerTokenArgs* args, int rows, int element, int floats,
+                         OnnxqStream stream);
+
+int onnxq_cuda_hadamard(const onnxq::cuda::HadamardArgs* args, int element, OnnxqStream stream);
+
+// Sets *found (device memory) to 1 where a byte is a code of E4M3's NaN; it must be 0 before.
+int onnxq_cuda_find_nan_codes(const uint8_t* codes, int64_t count, int* found, OnnxqStream stream);
+
+const char* onnxq_cuda_error_text(int code);
+}

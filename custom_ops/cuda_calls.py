@@ -1,0 +1,115 @@
+"""The arguments of the CUDA kernels' plain C interface, as ``custom_ops/cuda`` declares them.
+
+Whoever has device pointers (CuPy, PyTorch) can call the launch functions with these through ctypes;
+the tests fill them with host pointers for the emulated kernels. Addresses are integers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from enum import IntEnum
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+
+class ElementType(IntEnum):
+    """Types of activations."""
+
+    FLOAT32 = 0
+    FLOAT16 = 1
+    BFLOAT16 = 2
+
+
+class WeightKind(IntEnum):
+    """What the kernels can decode on tensor cores; ``ANY`` is left to the plain kernel."""
+
+    ANY = 0
+    AFFINE4 = 1
+    AFFINE8 = 2
+    E2M1 = 3
+    E4M3 = 4
+
+
+class Route(IntEnum):
+    """Kernels of QuantMatMul."""
+
+    ANY = 0
+    GEMV = 1
+    TILE = 2
+    EXPAND = 3
+
+
+ELEMENT_TYPES: Mapping[np.dtype[Any], ElementType] = {
+    np.dtype(np.float32): ElementType.FLOAT32,
+    np.dtype(np.float16): ElementType.FLOAT16,
+    np.dtype(ml_dtypes.bfloat16): ElementType.BFLOAT16,
+}
+_SCALE_TYPES = {
+    np.dtype(np.float32): 0,
+    np.dtype(np.float16): 1,
+    np.dtype(ml_dtypes.bfloat16): 2,
+    np.dtype(ml_dtypes.float8_e4m3fn): 3,
+    np.dtype(np.uint8): 4,
+}
+
+
+def scale_type(dtype: npt.DTypeLike) -> int:
+    """The number of a type of scales; uint8 holds exponents (E8M0)."""
+    return _SCALE_TYPES[np.dtype(dtype)]
+
+
+class QuantMatMulArgs(ctypes.Structure):
+    """``QuantMatMulArgs`` of ``quant_mat_mul.h``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "codes", "scales", "zero_points", "levels")),
+        *((name, ctypes.c_void_p) for name in ("bias", "row_scale", "y", "partial")),
+        *((name, ctypes.c_int) for name in ("m", "n", "k", "group", "groups", "splits")),
+        *((name, ctypes.c_int) for name in ("offset", "bias_stride", "scale_type")),
+        ("factor", ctypes.c_float),
+    )
+
+
+class PerTokenArgs(ctypes.Structure):
+    """``PerTokenArgs`` of ``per_token.h``."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("q", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("k", ctypes.c_int),
+    )
+
+
+class HadamardArgs(ctypes.Structure):
+    """``HadamardArgs`` of ``hadamard.h``."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("core", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("block", ctypes.c_int),
+        ("core_order", ctypes.c_int),
+        ("piece", ctypes.c_int),
+        ("scale", ctypes.c_float),
+    )
+
+
+class Plan(ctypes.Structure):
+    """``Plan`` of ``plan.h``: which kernel, how cut, and the scratch memory that it needs."""
+
+    _fields_ = (
+        ("route", ctypes.c_int),
+        ("row_tiles", ctypes.c_int),
+        ("splits", ctypes.c_int),
+        ("shared_bytes", ctypes.c_int64),
+        ("scratch_bytes", ctypes.c_int64),
+    )

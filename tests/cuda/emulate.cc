@@ -1,0 +1,224 @@
+// The kernels' bodies on the CPU, for ctypes. Every function returns null, or what broke.
+#include <exception>
+#include <string>
+
+#include "emulator.h"
+#include "hadamard.h"
+#include "plan.h"
+
+namespace onnxq::cuda {
+namespace {
+
+template <class F>
+const char* Guard(const F& f) {
+  static std::string message;
+  try {
+    f();
+    return nullptr;
+  } catch (const std::exception& error) {
+    message = error.what();
+    return message.c_str();
+  }
+}
+
+void Declare(Memory* memory, const QuantMatMulArgs& a, int bits, int element_bytes) {
+  const int64_t panels = CeilDivide(a.n, kPanel);
+  memory->Input(a.x, int64_t{a.m} * a.k * element_bytes);
+  memory->Input(a.codes, panels * Steps(a) * 16 * bits);
+  memory->Input(a.scales, panels * a.groups * kPanel * ScaleBytes(a.scale_type));
+  if (a.zero_points != nullptr) memory->Input(a.zero_points, panels * a.groups * kPanel);
+  memory->Input(a.levels, 4 << bits);
+  memory->Input(a.bias, a.bias_stride == 0 ? 4 : 4 * a.n);
+  if (a.row_scale != nullptr) memory->Input(a.row_scale, 4 * a.m);
+}
+
+template <class T, class Decoder>
+void RunDecoded(const QuantMatMulArgs& a, Route route, int row_tiles) {
+  Memory memory;
+  Declare(&memory, a, Decoder::kBits, 2);
+  if (route == Route::kTile && a.splits > 1) {
+    memory.Output(a.partial, int64_t{a.splits} * a.m * a.n * 4);
+  } else {
+    memory.Output(a.y, int64_t{a.m} * a.n * 2);
+  }
+  if (route == Route::kGemv) {
+    RunGrid(&memory, static_cast<int>(CeilDivide(a.n, kPanel)),
+            static_cast<int>(CeilDivide(a.m, kGemvRows)), 1, kGemvThreads,
+            [&](HostBlock& block) { GemvBody<T, Decoder>(block, a); });
+  } else {
+    const int x = static_cast<int>(CeilDivide(a.n, kTileColumns));
+    const int y = static_cast<int>(CeilDivide(a.m, 8 * row_tiles));
+    RunGrid(&memory, x, y, a.splits, kTileThreads, [&](HostBlock& block) {
+      if (row_tiles == 2) TileBody<T, Decoder, 2>(block, a);
+      if (row_tiles == 4) TileBody<T, Decoder, 4>(block, a);
+      if (row_tiles == 8) TileBody<T, Decoder, 8>(block, a);
+    });
+    if (a.splits > 1) {
+      memory.CheckComplete();
+      Memory sums;
+      Declare(&sums, a, Decoder::kBits, 2);
+      sums.Input(a.partial, int64_t{a.splits} * a.m * a.n * 4);
+      sums.Output(a.y, int64_t{a.m} * a.n * 2);
+      RunGrid(&sums, static_cast<int>(CeilDivide(int64_t{a.m} * a.n, kSumThreads)), 1, 1,
+              kSumThreads,
+              [&](HostBlock& block) { SumSplitsBody<T>(block, a, Decoder::kUnit); });
+      sums.CheckComplete();
+    }
+  }
+  memory.CheckComplete();
+}
+
+template <class T>
+void RunKind(const QuantMatMulArgs& a, WeightKind kind, Route route, int row_tiles) {
+  switch (kind) {
+    case WeightKind::kAffine4:
+      return RunDecoded<T, Affine4<T>>(a, route, row_tiles);
+    case WeightKind::kAffine8:
+      return RunDecoded<T, Affine8<T>>(a, route, row_tiles);
+    case WeightKind::kE2M1:
+      return RunDecoded<T, FloatE2M1<T>>(a, route, row_tiles);
+    case WeightKind::kE4M3:
+      return RunDecoded<T, FloatE4M3<T>>(a, route, row_tiles);
+    case WeightKind::kAny:
+      break;
+  }
+  throw std::runtime_error("no decoder");
+}
+
+template <class T, int bits>
+void RunAny(const QuantMatMulArgs& a) {
+  Memory memory;
+  Declare(&memory, a, bits, static_cast<int>(sizeof(typename T::Bits)));
+  memory.Output(a.y, int64_t{a.m} * a.n * static_cast<int>(sizeof(typename T::Bits)));
+  RunGrid(&memory, static_cast<int>(CeilDivide(a.n, kPanel)),
+          static_cast<int>(CeilDivide(a.m, kAnyRows)), 1, kAnyThreads,
+          [&](HostBlock& block) { AnyBody<T, bits>(block, a); });
+  memory.CheckComplete();
+}
+
+template <class T, int bits>
+void RunExpand(const QuantMatMulArgs& a, uint16_t* out) {
+  Memory memory;
+  Declare(&memory, a, bits, 2);
+  memory.Output(out, int64_t{a.n} * a.k * 2);
+  RunGrid(&memory, static_cast<int>(CeilDivide(a.n, kPanel)), ExpandPieces(a), 1, kExpandThreads,
+          [&](HostBlock& block) { ExpandBody<T, bits>(block, a, out); });
+  memory.CheckComplete();
+}
+
+template <class T, class Out>
+void RunPerToken(const PerTokenArgs& a, int rows) {
+  Memory memory;
+  memory.Input(a.x, int64_t{rows} * a.k * static_cast<int>(sizeof(typename T::Bits)));
+  memory.Output(a.q, int64_t{rows} * a.k * static_cast<int>(sizeof(typename Out::Bits)));
+  memory.Output(a.scale, 4 * rows);
+  RunGrid(&memory, rows, 1, 1, kRowThreads,
+          [&](HostBlock& block) { PerTokenBody<T, Out>(block, a); });
+  memory.CheckComplete();
+}
+
+template <class T>
+void RunHadamard(const HadamardArgs& a) {
+  const int bytes = static_cast<int>(sizeof(typename T::Bits));
+  const int pieces = static_cast<int>(CeilDivide(a.count, a.piece));
+  Memory memory;
+  memory.Input(a.x, a.count * bytes);
+  memory.Input(a.core, 4 * a.core_order * a.core_order);
+  memory.Output(a.y, a.scales == nullptr ? a.count * bytes : a.count);
+  if (a.scales != nullptr) memory.Output(a.scales, 4 * pieces);
+  RunGrid(&memory, pieces, 1, 1, HadamardThreads(a.piece),
+          [&](HostBlock& block) { HadamardBody<T>(block, a); });
+  memory.CheckComplete();
+}
+
+}  // namespace
+}  // namespace onnxq::cuda
+
+using namespace onnxq::cuda;
+
+#define ONNXQ_EXPORT extern "C" __attribute__((visibility("default")))
+
+// type: 0 float32, 1 float16, 2 bfloat16. route and kind: of plan.h.
+ONNXQ_EXPORT const char* emulate_quant_mat_mul(const QuantMatMulArgs* a, int type, int bits,
+                                               int kind, int route, int row_tiles) {
+  return Guard([&] {
+    const auto path = static_cast<Route>(route);
+    if (path == Route::kAny) {
+      if (type == 0) return bits == 4 ? RunAny<Float, 4>(*a) : RunAny<Float, 8>(*a);
+      if (type == 1) return bits == 4 ? RunAny<Half, 4>(*a) : RunAny<Half, 8>(*a);
+      return bits == 4 ? RunAny<Bfloat, 4>(*a) : RunAny<Bfloat, 8>(*a);
+    }
+    const auto weights = static_cast<WeightKind>(kind);
+    if (type == 1) return RunKind<Half>(*a, weights, path, row_tiles);
+    return RunKind<Bfloat>(*a, weights, path, row_tiles);
+  });
+}
+
+ONNXQ_EXPORT const char* emulate_expand(const QuantMatMulArgs* a, int type, int bits,
+                                        uint16_t* out) {
+  return Guard([&] {
+    if (type == 1) return bits == 4 ? RunExpand<Half, 4>(*a, out) : RunExpand<Half, 8>(*a, out);
+    return bits == 4 ? RunExpand<Bfloat, 4>(*a, out) : RunExpand<Bfloat, 8>(*a, out);
+  });
+}
+
+// out: 0 int8, 1 the type of x.
+ONNXQ_EXPORT const char* emulate_per_token(const PerTokenArgs* a, int rows, int type, int out) {
+  return Guard([&] {
+    if (type == 0) return RunPerToken<Float, Int8Out>(*a, rows);
+    if (type == 1 && out == 0) return RunPerToken<Half, Int8Out>(*a, rows);
+    if (type == 1) return RunPerToken<Half, Half>(*a, rows);
+    if (out == 0) return RunPerToken<Bfloat, Int8Out>(*a, rows);
+    return RunPerToken<Bfloat, Bfloat>(*a, rows);
+  });
+}
+
+ONNXQ_EXPORT const char* emulate_hadamard(const HadamardArgs* a, int type) {
+  return Guard([&] {
+    if (type == 0) return RunHadamard<Float>(*a);
+    if (type == 1) return RunHadamard<Half>(*a);
+    return RunHadamard<Bfloat>(*a);
+  });
+}
+
+ONNXQ_EXPORT int hadamard_piece(int block) { return HadamardPiece(block); }
+
+struct PlanResult {
+  int route, row_tiles, splits;
+  int64_t shared_bytes, scratch_bytes;
+};
+
+ONNXQ_EXPORT void plan_quant_mat_mul(const QuantMatMulArgs* a, int kind, int element_bytes,
+                                     int multiprocessors, int matrix_library, PlanResult* out) {
+  const Plan plan = PlanQuantMatMul(*a, static_cast<WeightKind>(kind), element_bytes,
+                                    multiprocessors, matrix_library != 0);
+  *out = {static_cast<int>(plan.route), plan.row_tiles, plan.splits, plan.shared_bytes,
+          plan.scratch_bytes};
+}
+
+ONNXQ_EXPORT int classify_levels(const float* levels, int bits, int zero_points, int nan_codes,
+                                 int* offset, float* unit) {
+  const WeightFormat format = ClassifyLevels(levels, bits, zero_points != 0, nan_codes != 0);
+  *offset = format.offset;
+  *unit = format.unit;
+  return static_cast<int>(format.kind);
+}
+
+// A word of codes through a decoder: pairs[4] (4 bits) or pairs[2] as raw 16-bit floats.
+template <class T>
+static void DecodeWord(WeightKind kind, uint32_t word, float z, uint32_t* pairs) {
+  const auto run = [&](auto decoder) {
+    using Decoder = decltype(decoder);
+    const uint32_t columns[2] = {Decoder::Column(z, 0), Decoder::Column(z, 1)};
+    Decoder::Decode(word, columns, pairs);
+  };
+  if (kind == WeightKind::kAffine4) run(Affine4<T>());
+  if (kind == WeightKind::kAffine8) run(Affine8<T>());
+  if (kind == WeightKind::kE2M1) run(FloatE2M1<T>());
+  if (kind == WeightKind::kE4M3) run(FloatE4M3<T>());
+}
+
+ONNXQ_EXPORT void decode_word(int type, int kind, uint32_t word, float z, uint32_t* pairs) {
+  if (type == 1) DecodeWord<Half>(static_cast<WeightKind>(kind), word, z, pairs);
+  if (type == 2) DecodeWord<Bfloat>(static_cast<WeightKind>(kind), word, z, pairs);
+}
