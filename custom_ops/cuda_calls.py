@@ -71,7 +71,7 @@ class QuantMatMulArgs(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "codes", "scales", "zero_points", "levels")),
         *((name, ctypes.c_void_p) for name in ("bias", "row_scale", "y", "partial")),
         *((name, ctypes.c_int) for name in ("m", "n", "k", "group", "groups", "splits")),
-        *((name, ctypes.c_int) for name in ("offset", "bias_stride", "scale_type")),
+        *((name, ctypes.c_int) for name in ("offset", "bits", "bias_stride", "scale_type")),
         ("factor", ctypes.c_float),
     )
 

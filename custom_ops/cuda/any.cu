@@ -5,16 +5,16 @@
 namespace onnxq::cuda {
 namespace {
 
-template <class T, int bits>
-__global__ void __launch_bounds__(kAnyThreads) Any(const QuantMatMulArgs a) {
+template <class T>
+__global__ void __launch_bounds__(kAnyThreads, 4) Any(const QuantMatMulArgs a) {
   DeviceBlock block;
-  AnyBody<T, bits>(block, a);
+  AnyBody<T>(block, a);
 }
 
-template <class T, int bits>
+template <class T>
 __global__ void __launch_bounds__(kExpandThreads) Expand(const QuantMatMulArgs a, uint16_t* out) {
   DeviceBlock block;
-  ExpandBody<T, bits>(block, a, out);
+  ExpandBody<T>(block, a, out);
 }
 
 template <class T>
@@ -32,17 +32,12 @@ __global__ void __launch_bounds__(256) FindNanCodes(const uint8_t* codes, int64_
   }
 }
 
-int LaunchAny(const QuantMatMulArgs& a, int bits, int element, cudaStream_t stream) {
+int LaunchAny(const QuantMatMulArgs& a, int element, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(CeilDivide(a.n, kPanel)),
                   static_cast<unsigned>(CeilDivide(a.m, kAnyRows)));
-  const auto shared = static_cast<size_t>((4 << bits) + 4 * kAnyThreads * kAnyRows);
+  const auto shared = static_cast<size_t>(AnySharedBytes(a.bits));
   return ForElement(element, [&](auto t) {
-    using T = decltype(t);
-    if (bits == 4) {
-      Any<T, 4><<<grid, kAnyThreads, shared, stream>>>(a);
-    } else {
-      Any<T, 8><<<grid, kAnyThreads, shared, stream>>>(a);
-    }
+    Any<decltype(t)><<<grid, kAnyThreads, shared, stream>>>(a);
     return LaunchStatus();
   });
 }
@@ -50,17 +45,13 @@ int LaunchAny(const QuantMatMulArgs& a, int bits, int element, cudaStream_t stre
 // The weights as a plain matrix, cuBLASLt's product in float32 where rows have scales or there is a
 // bias, and straight to y where not.
 template <class T>
-int LaunchExpanded(QuantMatMulArgs a, int bits, void* scratch, cudaStream_t stream) {
+int LaunchExpanded(QuantMatMulArgs a, void* scratch, cudaStream_t stream) {
   const ExpandScratch parts(a);
   auto* const base = static_cast<char*>(scratch);
   auto* const weights = reinterpret_cast<uint16_t*>(base);
   const dim3 grid(static_cast<unsigned>(CeilDivide(a.n, kPanel)),
                   static_cast<unsigned>(ExpandPieces(a)));
-  if (bits == 4) {
-    Expand<T, 4><<<grid, kExpandThreads, 4 << 4, stream>>>(a, weights);
-  } else {
-    Expand<T, 8><<<grid, kExpandThreads, 4 << 8, stream>>>(a, weights);
-  }
+  Expand<T><<<grid, kExpandThreads, size_t{4} << a.bits, stream>>>(a, weights);
   int status = LaunchStatus();
   if (status != 0) return status;
   MatrixProduct product;
@@ -137,10 +128,10 @@ ONNXQ_CUDA_EXPORT int onnxq_cuda_plan(const QuantMatMulArgs* args, int kind, int
   return 0;
 }
 
-ONNXQ_CUDA_EXPORT int onnxq_cuda_quant_mat_mul(const QuantMatMulArgs* args, int kind, int bits,
+ONNXQ_CUDA_EXPORT int onnxq_cuda_quant_mat_mul(const QuantMatMulArgs* args, int kind,
                                                int element, float unit, const Plan* plan,
                                                void* scratch, cudaStream_t stream) {
-  if (bits != 4 && bits != 8) return kErrorArguments;
+  if (args->bits < 1 || args->bits > 8) return kErrorArguments;
   if (plan->scratch_bytes > 0 && scratch == nullptr) return kErrorScratch;
   QuantMatMulArgs a = *args;
   if (a.m == 0) return 0;
@@ -149,12 +140,12 @@ ONNXQ_CUDA_EXPORT int onnxq_cuda_quant_mat_mul(const QuantMatMulArgs* args, int 
   a.partial = plan->splits > 1 ? static_cast<float*>(scratch) : nullptr;
   switch (plan->route) {
     case Route::kAny:
-      return LaunchAny(a, bits, element, stream);
+      return LaunchAny(a, element, stream);
     case Route::kExpand:
       if (element == static_cast<int>(Element::kFloat16))
-        return LaunchExpanded<Half>(a, bits, scratch, stream);
+        return LaunchExpanded<Half>(a, scratch, stream);
       if (element == static_cast<int>(Element::kBfloat16))
-        return LaunchExpanded<Bfloat>(a, bits, scratch, stream);
+        return LaunchExpanded<Bfloat>(a, scratch, stream);
       return kErrorArguments;
     case Route::kGemv:
       a.factor *= unit;

@@ -42,11 +42,11 @@ int onnxq_cuda_plan(const onnxq::cuda::QuantMatMulArgs* args, int kind, int elem
                     onnxq::cuda::Plan* plan);
 
 // Runs a plan; `scratch` has plan->scratch_bytes, 256-byte aligned. args->partial is not read.
-int onnxq_cuda_quant_mat_mul(const onnxq::cuda::QuantMatMulArgs* args, int kind, int bits,
-                             int element, float unit, const onnxq::cuda::Plan* plan, void* scratch,
+int onnxq_cuda_quant_mat_mul(const onnxq::cuda::QuantMatMulArgs* args, int kind, int element,
+                             float unit, const onnxq::cuda::Plan* plan, void* scratch,
                              OnnxqStream stream);
 
-// floats: 1 writes the integers in the type of x, which then has 16 bits.
+// floats: 1 writes the integers in the type of x, 0 as int8.
 int onnxq_cuda_per_token(const onnxq::cuda::PerTokenArgs* args, int rows, int element, int floats,
                          OnnxqStream stream);
 

@@ -1,7 +1,7 @@
 // DynamicQuantizePerToken: a block takes a row; the second pass finds it in the cache.
 //
-// The same bits as on the CPU. `out` holds int8, or the same integers in a 16-bit float, which is
-// what QuantMatMul multiplies.
+// The same bits as on the CPU. `q` holds int8, or the same integers as floats, which is what
+// QuantMatMul multiplies.
 #pragma once
 
 #include "numbers.h"

@@ -32,6 +32,7 @@ inline float FromE2M1(int code) {
 // What the levels are. `nan_codes` says that a code of E4M3's NaN may occur.
 inline WeightFormat ClassifyLevels(const float* levels, int bits, bool zero_points,
                                    bool nan_codes) {
+  if (bits != 4 && bits != 8) return {};
   const int count = 1 << bits;
   // Integers up to 256 are exact in bfloat16.
   const float least = levels[0] - (zero_points ? 127.0F : 0.0F);
@@ -107,7 +108,6 @@ struct ExpandScratch {
 inline Plan PlanQuantMatMul(const QuantMatMulArgs& a, WeightKind kind, int element_bytes,
                             int multiprocessors, bool matrix_library) {
   Plan plan;
-  const int bits = kind == WeightKind::kAffine4 || kind == WeightKind::kE2M1 ? 4 : 8;
   const bool tensor_cores = kind != WeightKind::kAny && element_bytes == 2 &&
                             (a.groups == 1 || a.group % kTileK == 0);
   const bool wide = element_bytes == 2 && a.m > kMaxTileRows && matrix_library && a.k % 8 == 0 &&
@@ -121,7 +121,7 @@ inline Plan PlanQuantMatMul(const QuantMatMulArgs& a, WeightKind kind, int eleme
   if (a.m > kGemvRows && TileTakes(a)) {
     plan.route = Route::kTile;
     plan.row_tiles = a.m <= 16 ? 2 : a.m <= 32 ? 4 : 8;
-    plan.shared_bytes = bits == 4 ? TileSharedBytes<4>(plan.row_tiles)
+    plan.shared_bytes = a.bits == 4 ? TileSharedBytes<4>(plan.row_tiles)
                                   : TileSharedBytes<8>(plan.row_tiles);
     const int64_t blocks = CeilDivide(a.n, kTileColumns) * CeilDivide(a.m, 8 * plan.row_tiles);
     // As many splits as give each multiprocessor a block, of at least two rounds of stages.

@@ -28,6 +28,7 @@ struct QuantMatMulArgs {
   int groups;      // G
   int splits;      // of K
   int offset;      // lowest level, for integer levels
+  int bits;        // of a code
   int bias_stride;
   ScaleType scale_type;
   float factor;
@@ -41,9 +42,8 @@ ONNXQ_HD int ScaleBytes(ScaleType type) {
   return type == ScaleType::kFloat32 ? 4 : type == ScaleType::kE4M3 || type == ScaleType::kE8M0 ? 1 : 2;
 }
 
-template <int bits>
 ONNXQ_HD const uint8_t* PanelCodes(const QuantMatMulArgs& a, int64_t panel) {
-  return a.codes + panel * Steps(a) * (16 * bits);
+  return a.codes + panel * Steps(a) * (16 * a.bits);
 }
 
 // Where the first scale (or zero point) of a panel lies, counted in scales.

@@ -7,12 +7,20 @@
 
 namespace onnxq::cuda {
 
-// The code of column c (of the panel) and k % 4 in a step's bytes.
-template <int bits, class Block>
-ONNXQ_DEVICE int LoadCode(const Block& block, const uint8_t* step, int c, int k) {
-  const int w = bits * 4;  // columns to a field
-  const int byte = block.Load(step + 4 * (c % w) + k);
-  return bits == 4 ? byte >> (c / w * 4) & 15 : byte;
+// The code of column c (of the panel) and k % 4 in a step's bytes: its planes, the widest first.
+template <class Block>
+ONNXQ_DEVICE int LoadCode(const Block& block, const uint8_t* step, int bits, int c, int k) {
+  int code = 0;
+  int low = 0;  // bits that are there, each 16 bytes of the step
+  ONNXQ_UNROLL
+  for (int width = 8; width > 0; width /= 2) {
+    if ((bits & width) == 0) continue;
+    const int columns = 4 * width;  // to a field
+    const int byte = block.Load(step + 16 * low + 4 * (c % columns) + k);
+    code |= (byte >> (c / columns * width) & ((1 << width) - 1)) << low;
+    low += width;
+  }
+  return code;
 }
 
 // level - zero, times scale · factor, of column c of a panel at a group.
@@ -35,15 +43,18 @@ struct AnyState {
 
 // A lane takes a column of the panel, the warps share K and add up in their order.
 // Grid: x panels, y groups of four rows. Shared memory: levels, then [warps][rows][32] sums.
-template <class T, int bits, class Block>
+ONNXQ_HD int AnySharedBytes(int bits) { return (4 << bits) + 4 * kAnyThreads * kAnyRows; }
+
+template <class T, class Block>
 ONNXQ_DEVICE void AnyBody(Block& block, const QuantMatMulArgs& a) {
-  constexpr int kSums = 4 << bits;
+  const int bits = a.bits;
+  const int sums = 4 << bits;
   typename Block::template PerThread<AnyState> states(block);
-  const typename Block::Shared shared(block, kSums + 4 * kAnyThreads * kAnyRows);
+  const typename Block::Shared shared(block, AnySharedBytes(bits));
   const int panel = block.X();
   const int first_row = block.Y() * kAnyRows;
   const int steps = Steps(a);
-  const uint8_t* const codes = PanelCodes<bits>(a, panel);
+  const uint8_t* const codes = PanelCodes(a, panel);
   const auto* const x = static_cast<const typename T::Bits*>(a.x);
 
   block.EachThread([&](int thread) {
@@ -69,7 +80,7 @@ ONNXQ_DEVICE void AnyBody(Block& block, const QuantMatMulArgs& a) {
           zero = GroupZero(block, a, at);
         }
         for (int i = 0; i < 4 && 4 * step + i < a.k; ++i) {
-          const int code = LoadCode<bits>(block, codes + int64_t{step} * 16 * bits, lane, i);
+          const int code = LoadCode(block, codes + int64_t{step} * 16 * bits, bits, lane, i);
           const float weight = (shared.template Get<float>(thread, 4 * code) - zero) * scale;
           ONNXQ_UNROLL
           for (int r = 0; r < kAnyRows; ++r) {
@@ -82,7 +93,7 @@ ONNXQ_DEVICE void AnyBody(Block& block, const QuantMatMulArgs& a) {
       ONNXQ_UNROLL
       for (int r = 0; r < kAnyRows; ++r) {
         shared.template Set<float>(
-            thread, kSums + 4 * ((warp.Index() * kAnyRows + r) * kPanel + lane), s.total[r]);
+            thread, sums + 4 * ((warp.Index() * kAnyRows + r) * kPanel + lane), s.total[r]);
       }
     });
   });
@@ -94,7 +105,7 @@ ONNXQ_DEVICE void AnyBody(Block& block, const QuantMatMulArgs& a) {
     float total = 0;
     for (int warp = 0; warp < kAnyWarps; ++warp) {
       const int at = (warp * kAnyRows + row) * kPanel + thread % kPanel;
-      total += shared.template Get<float>(thread, kSums + 4 * at);
+      total += shared.template Get<float>(thread, sums + 4 * at);
     }
     // The factor is in the weights already.
     Finish<T>(block, a, 1.0F, first_row + row, column, total);
@@ -111,12 +122,13 @@ ONNXQ_HD int ExpandPieces(const QuantMatMulArgs& a) {
 
 // W[n, k], rounded to T, into `out` [N, K]. Lane 4g + t writes the four k of step t of columns g,
 // g + 8, g + 16 and g + 24, so that four lanes fill 32 consecutive bytes.
-// Grid: x panels, y ExpandPieces.
-template <class T, int bits, class Block>
+// Grid: x panels, y ExpandPieces. Shared memory: levels.
+template <class T, class Block>
 ONNXQ_DEVICE void ExpandBody(Block& block, const QuantMatMulArgs& a, uint16_t* out) {
+  const int bits = a.bits;
   const typename Block::Shared shared(block, 4 << bits);
   const int panel = block.X();
-  const uint8_t* const codes = PanelCodes<bits>(a, panel);
+  const uint8_t* const codes = PanelCodes(a, panel);
   block.EachThread([&](int thread) {
     for (int i = thread; i < 1 << bits; i += kExpandThreads) {
       shared.template Set<float>(thread, 4 * i, block.Load(a.levels + i));
@@ -138,7 +150,7 @@ ONNXQ_DEVICE void ExpandBody(Block& block, const QuantMatMulArgs& a, uint16_t* o
         const float zero = GroupZero(block, a, at);
         Words<2> four{};
         for (int k = 0; k < 4; ++k) {
-          const int code = LoadCode<bits>(block, codes + int64_t{step} * 16 * bits, c, k);
+          const int code = LoadCode(block, codes + int64_t{step} * 16 * bits, bits, c, k);
           const float weight = (shared.template Get<float>(thread, 4 * code) - zero) * scale;
           four.w[k / 2] |= static_cast<uint32_t>(T::From(weight)) << (k % 2 * 16);
         }

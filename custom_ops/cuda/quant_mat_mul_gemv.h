@@ -54,7 +54,7 @@ ONNXQ_DEVICE void GemvBody(Block& block, const QuantMatMulArgs& a) {
   const int steps = Steps(a);
   const int group_tiles = a.groups == 1 ? tiles : a.group / kTileK;
   const int zeros_at = static_cast<int>(GemvScaleBytes(a));
-  const uint8_t* const codes = PanelCodes<kBits>(a, panel);
+  const uint8_t* const codes = PanelCodes(a, panel);
 
   const auto load = [&](State& s, int lane, int tile, int end) {
     ONNXQ_UNROLL

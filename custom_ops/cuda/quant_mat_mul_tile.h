@@ -91,7 +91,7 @@ ONNXQ_DEVICE void TileBody(Block& block, const QuantMatMulArgs& a) {
         const int at = stage * Stage::kPanelBytes + i % (Stage::kPanelBytes / 16) * 16;
         const bool valid = panel < panels && at < panel_bytes;
         const uint8_t* const from =
-            valid ? PanelCodes<Decoder::kBits>(a, panel) + at : a.codes;
+            valid ? PanelCodes(a, panel) + at : a.codes;
         shared.CopyAsync(thread, to + Stage::kCodes + 16 * i, from, valid);
       }
       // Scales and zero points of the stage's groups: of a panel they follow each other.

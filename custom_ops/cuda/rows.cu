@@ -45,11 +45,7 @@ ONNXQ_CUDA_EXPORT int onnxq_cuda_per_token(const PerTokenArgs* args, int rows, i
   return ForElement(element, [&](auto t) {
     using T = decltype(t);
     if (floats == 0) return LaunchPerToken<T, Int8Out>(*args, rows, stream);
-    if constexpr (sizeof(typename T::Bits) == 2) {
-      return LaunchPerToken<T, T>(*args, rows, stream);
-    } else {
-      return kErrorArguments;
-    }
+    return LaunchPerToken<T, T>(*args, rows, stream);
   });
 }
 

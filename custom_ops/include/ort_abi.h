@@ -112,6 +112,8 @@ struct OrtCustomOp {
   ONNXQ_SLOT(99, void, ReleaseTensorTypeAndShapeInfo, (OrtTensorTypeAndShapeInfo*))                \
   ONNXQ_SLOT(101, void, ReleaseCustomOpDomain, (OrtCustomOpDomain*))                               \
   ONNXQ_SLOT(132, void, ReleaseAllocator, (OrtAllocator*))                                         \
+  ONNXQ_SLOT(193, OrtStatus*, KernelContext_GetGPUComputeStream,                                   \
+             (const OrtKernelContext*, void** stream))                                             \
   ONNXQ_SLOT(249, OrtStatus*, KernelInfoGetConstantInput_tensor,                                   \
              (const OrtKernelInfo*, size_t index, int* is_constant, const OrtValue**))             \
   ONNXQ_SLOT(268, OrtStatus*, ShapeInferContext_GetInputTypeShape,                                 \

@@ -21,13 +21,13 @@ const char* Guard(const F& f) {
   }
 }
 
-void Declare(Memory* memory, const QuantMatMulArgs& a, int bits, int element_bytes) {
+void Declare(Memory* memory, const QuantMatMulArgs& a, int element_bytes) {
   const int64_t panels = CeilDivide(a.n, kPanel);
   memory->Input(a.x, int64_t{a.m} * a.k * element_bytes);
-  memory->Input(a.codes, panels * Steps(a) * 16 * bits);
+  memory->Input(a.codes, panels * Steps(a) * 16 * a.bits);
   memory->Input(a.scales, panels * a.groups * kPanel * ScaleBytes(a.scale_type));
   if (a.zero_points != nullptr) memory->Input(a.zero_points, panels * a.groups * kPanel);
-  memory->Input(a.levels, 4 << bits);
+  memory->Input(a.levels, 4 << a.bits);
   memory->Input(a.bias, a.bias_stride == 0 ? 4 : 4 * a.n);
   if (a.row_scale != nullptr) memory->Input(a.row_scale, 4 * a.m);
 }
@@ -35,7 +35,7 @@ void Declare(Memory* memory, const QuantMatMulArgs& a, int bits, int element_byt
 template <class T, class Decoder>
 void RunDecoded(const QuantMatMulArgs& a, Route route, int row_tiles) {
   Memory memory;
-  Declare(&memory, a, Decoder::kBits, 2);
+  Declare(&memory, a, 2);
   if (route == Route::kTile && a.splits > 1) {
     memory.Output(a.partial, int64_t{a.splits} * a.m * a.n * 4);
   } else {
@@ -56,7 +56,7 @@ void RunDecoded(const QuantMatMulArgs& a, Route route, int row_tiles) {
     if (a.splits > 1) {
       memory.CheckComplete();
       Memory sums;
-      Declare(&sums, a, Decoder::kBits, 2);
+      Declare(&sums, a, 2);
       sums.Input(a.partial, int64_t{a.splits} * a.m * a.n * 4);
       sums.Output(a.y, int64_t{a.m} * a.n * 2);
       RunGrid(&sums, static_cast<int>(CeilDivide(int64_t{a.m} * a.n, kSumThreads)), 1, 1,
@@ -85,24 +85,24 @@ void RunKind(const QuantMatMulArgs& a, WeightKind kind, Route route, int row_til
   throw std::runtime_error("no decoder");
 }
 
-template <class T, int bits>
+template <class T>
 void RunAny(const QuantMatMulArgs& a) {
   Memory memory;
-  Declare(&memory, a, bits, static_cast<int>(sizeof(typename T::Bits)));
+  Declare(&memory, a, static_cast<int>(sizeof(typename T::Bits)));
   memory.Output(a.y, int64_t{a.m} * a.n * static_cast<int>(sizeof(typename T::Bits)));
   RunGrid(&memory, static_cast<int>(CeilDivide(a.n, kPanel)),
           static_cast<int>(CeilDivide(a.m, kAnyRows)), 1, kAnyThreads,
-          [&](HostBlock& block) { AnyBody<T, bits>(block, a); });
+          [&](HostBlock& block) { AnyBody<T>(block, a); });
   memory.CheckComplete();
 }
 
-template <class T, int bits>
+template <class T>
 void RunExpand(const QuantMatMulArgs& a, uint16_t* out) {
   Memory memory;
-  Declare(&memory, a, bits, 2);
+  Declare(&memory, a, 2);
   memory.Output(out, int64_t{a.n} * a.k * 2);
   RunGrid(&memory, static_cast<int>(CeilDivide(a.n, kPanel)), ExpandPieces(a), 1, kExpandThreads,
-          [&](HostBlock& block) { ExpandBody<T, bits>(block, a, out); });
+          [&](HostBlock& block) { ExpandBody<T>(block, a, out); });
   memory.CheckComplete();
 }
 
@@ -139,14 +139,14 @@ using namespace onnxq::cuda;
 #define ONNXQ_EXPORT extern "C" __attribute__((visibility("default")))
 
 // type: 0 float32, 1 float16, 2 bfloat16. route and kind: of plan.h.
-ONNXQ_EXPORT const char* emulate_quant_mat_mul(const QuantMatMulArgs* a, int type, int bits,
+ONNXQ_EXPORT const char* emulate_quant_mat_mul(const QuantMatMulArgs* a, int type,
                                                int kind, int route, int row_tiles) {
   return Guard([&] {
     const auto path = static_cast<Route>(route);
     if (path == Route::kAny) {
-      if (type == 0) return bits == 4 ? RunAny<Float, 4>(*a) : RunAny<Float, 8>(*a);
-      if (type == 1) return bits == 4 ? RunAny<Half, 4>(*a) : RunAny<Half, 8>(*a);
-      return bits == 4 ? RunAny<Bfloat, 4>(*a) : RunAny<Bfloat, 8>(*a);
+      if (type == 0) return RunAny<Float>(*a);
+      if (type == 1) return RunAny<Half>(*a);
+      return RunAny<Bfloat>(*a);
     }
     const auto weights = static_cast<WeightKind>(kind);
     if (type == 1) return RunKind<Half>(*a, weights, path, row_tiles);
@@ -154,11 +154,10 @@ ONNXQ_EXPORT const char* emulate_quant_mat_mul(const QuantMatMulArgs* a, int typ
   });
 }
 
-ONNXQ_EXPORT const char* emulate_expand(const QuantMatMulArgs* a, int type, int bits,
-                                        uint16_t* out) {
+ONNXQ_EXPORT const char* emulate_expand(const QuantMatMulArgs* a, int type, uint16_t* out) {
   return Guard([&] {
-    if (type == 1) return bits == 4 ? RunExpand<Half, 4>(*a, out) : RunExpand<Half, 8>(*a, out);
-    return bits == 4 ? RunExpand<Bfloat, 4>(*a, out) : RunExpand<Bfloat, 8>(*a, out);
+    if (type == 1) return RunExpand<Half>(*a, out);
+    return RunExpand<Bfloat>(*a, out);
   });
 }
 

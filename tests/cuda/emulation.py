@@ -115,7 +115,6 @@ class Emulation:
             self._handle.emulate_quant_mat_mul(
                 ctypes.byref(call.args),
                 int(ELEMENT_TYPES[x.dtype]),
-                int(packed.attributes["bits"]),
                 int(call.kind),
                 int(route),
                 row_tiles,
@@ -132,7 +131,6 @@ class Emulation:
             self._handle.emulate_expand(
                 ctypes.byref(call.args),
                 int(ELEMENT_TYPES[dtype]),
-                int(packed.attributes["bits"]),
                 ctypes.c_void_p(out.ctypes.data),
             )
         )
@@ -202,7 +200,7 @@ class Call:
             *(kept["x"], kept["codes"], kept["scales"], kept["zero_points"] if zeros else None),
             *(kept["levels"], kept["bias"], kept.get("row_scale"), self.y.ctypes.data),
             *(kept["partial"] if splits > 1 else None, x.shape[0], n, k, group, -(-k // group)),
-            *(splits, made.offset, int(len(packed.inputs["bias"]) == n and n > 1)),
+            *(splits, made.offset, int(a["bits"]), int(len(packed.inputs["bias"]) == n and n > 1)),
             *(scale_type(packed.inputs["scales"].dtype), a["factor"] * (1 if plain_factor else made.unit)),
         )
 

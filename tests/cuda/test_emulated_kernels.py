@@ -26,7 +26,8 @@ FLOAT16 = np.dtype(np.float16)
 TYPES = (FLOAT16, BFLOAT16)
 KINDS = {"int4": WeightKind.AFFINE4, "uint4": WeightKind.AFFINE4, "int8": WeightKind.AFFINE8,
          "uint8": WeightKind.AFFINE8, "mxfp4": WeightKind.E2M1, "nvfp4": WeightKind.E2M1,
-         "fp8": WeightKind.E4M3, "mxint8": WeightKind.AFFINE8}  # fmt: skip
+         "fp8": WeightKind.E4M3, "mxfp8e4m3": WeightKind.E4M3, "mxint8": WeightKind.AFFINE8}  # fmt: skip
+NARROW = ("binary", "int3", "mxfp6e2m3")  # in planes of 1, 2 and 4 bits
 
 # Of sums in float32 relative to the sum of magnitudes; see docs/cuda.md.
 ERROR_BUDGET = 2.0**-23
@@ -90,7 +91,7 @@ def test_tile(emulation: Emulation, kind: str, dtype: np.dtype[Any]) -> None:
 
 
 @pytest.mark.parametrize("dtype", (np.dtype(np.float32), *TYPES), ids=str)
-@pytest.mark.parametrize("kind", [*KINDS, "nf4", "mxfp8e5m2"])
+@pytest.mark.parametrize("kind", [*KINDS, "nf4", "mxfp8e5m2", *NARROW])
 def test_any(emulation: Emulation, kind: str, dtype: np.dtype[Any]) -> None:
     for m, k, n, group in ((1, 1, 1, 16), (5, 130, 33, 20), (9, 96, 64, 16), (2, 67, 40, 67)):
         packed = weight(kind, n, k, group)
@@ -99,7 +100,7 @@ def test_any(emulation: Emulation, kind: str, dtype: np.dtype[Any]) -> None:
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("kind", [*KINDS, "nf4"])
+@pytest.mark.parametrize("kind", [*KINDS, "nf4", *NARROW])
 def test_expand(emulation: Emulation, kind: str, dtype: np.dtype[Any]) -> None:
     for k, n, group in ((1, 1, 16), (130, 33, 20), (600, 40, 32), (67, 32, 67)):
         packed = weight(kind, n, k, group)
@@ -228,7 +229,7 @@ def test_hadamard(emulation: Emulation, dtype: np.dtype[Any]) -> None:
 def args_of(m: int, n: int, k: int, group: int) -> QuantMatMulArgs:
     made = QuantMatMulArgs()
     made.m, made.n, made.k, made.group, made.groups = m, n, k, group, -(-k // group)
-    made.splits, made.scale_type = 1, 1
+    made.splits, made.scale_type, made.bits = 1, 1, 4
     return made
 
 
