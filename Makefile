@@ -16,7 +16,7 @@ SHARED := $(shell if [ -n "$${ONNXQ_SHARED:-}" ]; then echo "$$ONNXQ_SHARED"; el
 # What a rebuild of the environment depends on; Python files are used in place.
 BUILD_INPUTS := pyproject.toml CMakeLists.txt custom_ops/CMakeLists.txt \
 	$(shell find custom_ops -name '*.cc' -o -name '*.h' -o -name '*.def' -o -name '*.cu' | sort)
-CXX_SOURCES := $(shell find custom_ops -name '*.cc' -o -name '*.h' | sort)
+CXX_SOURCES := $(shell find custom_ops -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | sort)
 RUN_STAMP := $(VENV)/.installed-$(EXTRA)
 DEV_STAMP := $(VENV)/.installed-$(EXTRA)-dev
 

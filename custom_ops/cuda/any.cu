@@ -23,8 +23,8 @@ __global__ void __launch_bounds__(kSumThreads) FinishSums(const QuantMatMulArgs 
   SumSplitsBody<T>(block, a, 1.0F);
 }
 
-__global__ void __launch_bounds__(256) FindNanCodes(const uint8_t* codes, int64_t count,
-                                                    int* found) {
+__global__ void __launch_bounds__(256)
+    FindNanCodes(const uint8_t* codes, int64_t count, int* found) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
        i += stride) {
@@ -97,20 +97,9 @@ ONNXQ_CUDA_EXPORT int onnxq_cuda_prepare() {
   return 0;
 }
 
-ONNXQ_CUDA_EXPORT void onnxq_cuda_probe(int* driver, int* runtime, int* devices, int* capability) {
-  *driver = *runtime = *devices = *capability = 0;
-  cudaRuntimeGetVersion(runtime);
-  if (cudaDriverGetVersion(driver) != cudaSuccess) *driver = 0;
-  if (*driver == 0 || cudaGetDeviceCount(devices) != cudaSuccess) *devices = 0;
-  int device = 0;
-  int major = 0;
-  int minor = 0;
-  if (*devices > 0 && cudaGetDevice(&device) == cudaSuccess &&
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess) {
-    *capability = 10 * major + minor;
-  }
-  cudaGetLastError();  // what failed here is no concern of later launches
+ONNXQ_CUDA_EXPORT int onnxq_cuda_runtime_version() {
+  int version = 0;
+  return cudaRuntimeGetVersion(&version) == cudaSuccess ? version : 0;
 }
 
 ONNXQ_CUDA_EXPORT int onnxq_cuda_plan(const QuantMatMulArgs* args, int kind, int element,
@@ -128,9 +117,9 @@ ONNXQ_CUDA_EXPORT int onnxq_cuda_plan(const QuantMatMulArgs* args, int kind, int
   return 0;
 }
 
-ONNXQ_CUDA_EXPORT int onnxq_cuda_quant_mat_mul(const QuantMatMulArgs* args, int kind,
-                                               int element, float unit, const Plan* plan,
-                                               void* scratch, cudaStream_t stream) {
+ONNXQ_CUDA_EXPORT int onnxq_cuda_quant_mat_mul(const QuantMatMulArgs* args, int kind, int element,
+                                               float unit, const Plan* plan, void* scratch,
+                                               cudaStream_t stream) {
   if (args->bits < 1 || args->bits > 8) return kErrorArguments;
   if (plan->scratch_bytes > 0 && scratch == nullptr) return kErrorScratch;
   QuantMatMulArgs a = *args;

@@ -39,20 +39,20 @@ struct Heuristic {
 };
 
 // ONNXQ_LT(name after cublasLt, parameters): all return a status, 0 for success.
-#define ONNXQ_LT_FUNCTIONS(ONNXQ_LT)                                                              \
-  ONNXQ_LT(Create, (Handle*))                                                                     \
-  ONNXQ_LT(MatmulDescCreate, (Descriptor*, int compute, int scale_type))                          \
-  ONNXQ_LT(MatmulDescDestroy, (Descriptor))                                                       \
-  ONNXQ_LT(MatmulDescSetAttribute, (Descriptor, int attribute, const void* value, size_t))        \
-  ONNXQ_LT(MatrixLayoutCreate, (Layout*, int type, uint64_t rows, uint64_t columns, int64_t ld))  \
-  ONNXQ_LT(MatrixLayoutDestroy, (Layout))                                                         \
-  ONNXQ_LT(MatmulPreferenceCreate, (Preference*))                                                 \
-  ONNXQ_LT(MatmulPreferenceDestroy, (Preference))                                                 \
-  ONNXQ_LT(MatmulPreferenceSetAttribute, (Preference, int attribute, const void* value, size_t))  \
-  ONNXQ_LT(MatmulAlgoGetHeuristic, (Handle, Descriptor, Layout a, Layout b, Layout c, Layout d,   \
-                                    Preference, int wanted, Heuristic*, int* found))              \
-  ONNXQ_LT(Matmul, (Handle, Descriptor, const void* alpha, const void* a, Layout, const void* b,  \
-                    Layout, const void* beta, const void* c, Layout, void* d, Layout,             \
+#define ONNXQ_LT_FUNCTIONS(ONNXQ_LT)                                                             \
+  ONNXQ_LT(Create, (Handle*))                                                                    \
+  ONNXQ_LT(MatmulDescCreate, (Descriptor*, int compute, int scale_type))                         \
+  ONNXQ_LT(MatmulDescDestroy, (Descriptor))                                                      \
+  ONNXQ_LT(MatmulDescSetAttribute, (Descriptor, int attribute, const void* value, size_t))       \
+  ONNXQ_LT(MatrixLayoutCreate, (Layout*, int type, uint64_t rows, uint64_t columns, int64_t ld)) \
+  ONNXQ_LT(MatrixLayoutDestroy, (Layout))                                                        \
+  ONNXQ_LT(MatmulPreferenceCreate, (Preference*))                                                \
+  ONNXQ_LT(MatmulPreferenceDestroy, (Preference))                                                \
+  ONNXQ_LT(MatmulPreferenceSetAttribute, (Preference, int attribute, const void* value, size_t)) \
+  ONNXQ_LT(MatmulAlgoGetHeuristic, (Handle, Descriptor, Layout a, Layout b, Layout c, Layout d,  \
+                                    Preference, int wanted, Heuristic*, int* found))             \
+  ONNXQ_LT(Matmul, (Handle, Descriptor, const void* alpha, const void* a, Layout, const void* b, \
+                    Layout, const void* beta, const void* c, Layout, void* d, Layout,            \
                     const Algorithm*, void* workspace, size_t bytes, void* stream))
 
 struct Functions {
@@ -77,7 +77,7 @@ Functions LoadFunctions() {
   void* const library = OpenLibrary();
   if (library == nullptr) return functions;
   functions.there = true;
-#define ONNXQ_LOAD(name, parameters)                                                        \
+#define ONNXQ_LOAD(name, parameters)                                                      \
   functions.name = reinterpret_cast<int(*) parameters>(dlsym(library, "cublasLt" #name)); \
   functions.there = functions.there && functions.name != nullptr;
   ONNXQ_LT_FUNCTIONS(ONNXQ_LOAD)
@@ -167,8 +167,13 @@ class Cache {
     const std::lock_guard<std::mutex> lock(mutex_);
     Handle& handle = handles_[device];
     if (handle == nullptr && Lt().Create(&handle) != 0) return kErrorMatrixLibrary;
-    const Key key = {device, p.m, p.n, p.k, static_cast<int64_t>(p.input),
-                     static_cast<int64_t>(p.output), p.x_scales != nullptr};
+    const Key key = {device,
+                     p.m,
+                     p.n,
+                     p.k,
+                     static_cast<int64_t>(p.input),
+                     static_cast<int64_t>(p.output),
+                     p.x_scales != nullptr};
     std::unique_ptr<Prepared>& made = shapes_[key];
     if (made == nullptr) {
       made = std::make_unique<Prepared>();
@@ -183,10 +188,9 @@ class Cache {
     const bool integers = p.input == MatrixType::kInt8;
     const void* const alpha = integers ? static_cast<const void*>(&int_one) : &one;
     const void* const beta = integers ? static_cast<const void*>(&int_zero) : &zero;
-    const int status =
-        Lt().Matmul(handle, made->descriptor, alpha, p.weights, made->weights, p.x, made->x, beta,
-                    p.y, made->y, p.y, made->y, &made->algorithm, p.workspace, kMatrixWorkspace,
-                    stream);
+    const int status = Lt().Matmul(handle, made->descriptor, alpha, p.weights, made->weights, p.x,
+                                   made->x, beta, p.y, made->y, p.y, made->y, &made->algorithm,
+                                   p.workspace, kMatrixWorkspace, stream);
     return status == 0 ? 0 : kErrorMatrixLibrary;
   }
 

@@ -4,7 +4,6 @@
 #include <cstddef>
 #include <cstdint>
 
-
 namespace onnxq::cuda {
 
 // cudaDataType_t.
@@ -31,9 +30,9 @@ struct MatrixProduct {
   const void* x = nullptr;
   const void* weights = nullptr;
   void* y = nullptr;
-  const float* x_scales = nullptr;       // [m], or null
-  const float* weights_scales = nullptr; // [n], or null
-  void* workspace = nullptr;             // kMatrixWorkspace bytes, 256-byte aligned
+  const float* x_scales = nullptr;        // [m], or null
+  const float* weights_scales = nullptr;  // [n], or null
+  void* workspace = nullptr;              // kMatrixWorkspace bytes, 256-byte aligned
 };
 
 // Whether cuBLASLt was found; looks for it at the first call.

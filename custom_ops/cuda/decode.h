@@ -1,15 +1,15 @@
 // Packed codes (layout 1, custom_ops/layout.py) as the A operand of mma.m16n8k16.
 //
 // Columns of the weight are rows of A, so that a few rows of activations fill the narrow side. One
-// tile is a panel of 32 columns by four steps, 16 k: two fragments of 16 columns. In lane 4g + t lie
-// the four k of step t, as slots 2t, 2t+1, 2t+8, 2t+9 of the mma, for four columns:
+// tile is a panel of 32 columns by four steps, 16 k: two fragments of 16 columns. In lane 4g + t
+// lie the four k of step t, as slots 2t, 2t+1, 2t+8, 2t+9 of the mma, for four columns:
 //
 //   4 bits  8 bytes at 64 t + 8 g:    word i, field h:  column 2 g + i + 16 h  is row g + 8 h of
 //   8 bits  16 bytes at 128 t + 16 g: word 2 i + h:     column 4 g + 2 i + h      fragment i
 //
 // So a warp reads a tile as 256 or 512 consecutive bytes, needs no shuffle, and finds the matching
-// activations as four consecutive k of a row. Decoded numbers are exact in both 16-bit types: levels
-// less zero points for integers, levels times a power of two (1 / kUnit) for floats; scales
+// activations as four consecutive k of a row. Decoded numbers are exact in both 16-bit types:
+// levels less zero points for integers, levels times a power of two (1 / kUnit) for floats; scales
 // multiply float32 sums.
 #pragma once
 
@@ -24,9 +24,7 @@ template <int bits>
 struct TileLayout {
   static constexpr int kBytes = 64 * bits;  // of a tile
   static constexpr int kWords = bits / 2;   // of a lane
-  ONNXQ_HD static int LaneByte(int lane) {
-    return lane % 4 * 16 * bits + lane / 4 * 4 * kWords;
-  }
+  ONNXQ_HD static int LaneByte(int lane) { return lane % 4 * 16 * bits + lane / 4 * 4 * kWords; }
   // The column in its panel of row g + 8 half of fragment i, for the lanes 4 g to 4 g + 3.
   ONNXQ_HD static int Column(int lane, int i, int half) {
     const int g = lane / 4;
@@ -125,7 +123,7 @@ struct Affine8<Bfloat> {
     ONNXQ_UNROLL
     for (int j = 0; j < 2; ++j, s >>= 8) {
       const uint32_t low = PairSub<Bfloat>((s & 0x007f007fU) | kMagic, kMagic);
-      const uint32_t top = s << 7 & 0x40004000U;  // 2 where bit 7 is set
+      const uint32_t top = s << 7 & 0x40004000U;                     // 2 where bit 7 is set
       const uint32_t code = PairFma<Bfloat>(top, 0x42804280U, low);  // 64
       pairs[j] = PairSub<Bfloat>(code, columns[0]);
     }

@@ -1,6 +1,6 @@
 // Hadamard: a block transforms a piece of x in shared memory, in float32, in the CPU's order: each
-// group of c neighbours times the core, then butterflies of strides c, 2 c, 4 c, ..., then the scale.
-// The same bits as on the CPU.
+// group of c neighbours times the core, then butterflies of strides c, 2 c, 4 c, ..., then the
+// scale. The same bits as on the CPU.
 //
 // A pass takes up to five strides at once: a thread keeps the 32 elements that they connect in
 // registers. Without a core the first pass reads global memory; the last one writes there. So 8192

@@ -1,5 +1,5 @@
-// The plain C interface of the CUDA kernels: pointers to device memory, sizes, a stream. Nothing here
-// allocates or waits, so that calls can be captured in a CUDA graph.
+// The plain C interface of the CUDA kernels: pointers to device memory, sizes, a stream. Nothing
+// here allocates or waits, so that calls can be captured in a CUDA graph.
 //
 // Every function returns 0, or a code that onnxq_cuda_error_text explains. custom_ops/cuda_calls.py
 // mirrors the structs.
@@ -33,9 +33,8 @@ extern "C" {
 // outside of stream capture; later calls are cheap.
 int onnxq_cuda_prepare();
 
-// What the machine has. Versions are 1000 · major + 10 · minor, 0 for none; capability is
-// 10 · major + minor of the present device, 0 for none. Raises no error.
-void onnxq_cuda_probe(int* driver, int* runtime, int* devices, int* capability);
+// CUDA that the library was built with: 1000 · major + 10 · minor.
+int onnxq_cuda_runtime_version();
 
 // How to run a product on the present device; element is an Element, kind a WeightKind.
 int onnxq_cuda_plan(const onnxq::cuda::QuantMatMulArgs* args, int kind, int element,

@@ -70,10 +70,10 @@ enum class Route : int {
 
 struct Plan {
   Route route = Route::kAny;
-  int row_tiles = 0;           // of kTile: 2, 4 or 8
-  int splits = 1;              // of kTile
-  int64_t shared_bytes = 0;    // dynamic shared memory of a block
-  int64_t scratch_bytes = 0;   // that the launch needs
+  int row_tiles = 0;          // of kTile: 2, 4 or 8
+  int splits = 1;             // of kTile
+  int64_t shared_bytes = 0;   // dynamic shared memory of a block
+  int64_t scratch_bytes = 0;  // that the launch needs
 };
 
 inline constexpr int64_t kMaxGemvSharedBytes = 98304;  // two blocks on a multiprocessor of sm_90
@@ -108,10 +108,10 @@ struct ExpandScratch {
 inline Plan PlanQuantMatMul(const QuantMatMulArgs& a, WeightKind kind, int element_bytes,
                             int multiprocessors, bool matrix_library) {
   Plan plan;
-  const bool tensor_cores = kind != WeightKind::kAny && element_bytes == 2 &&
-                            (a.groups == 1 || a.group % kTileK == 0);
-  const bool wide = element_bytes == 2 && a.m > kMaxTileRows && matrix_library && a.k % 8 == 0 &&
-                    a.n % 8 == 0;
+  const bool tensor_cores =
+      kind != WeightKind::kAny && element_bytes == 2 && (a.groups == 1 || a.group % kTileK == 0);
+  const bool wide =
+      element_bytes == 2 && a.m > kMaxTileRows && matrix_library && a.k % 8 == 0 && a.n % 8 == 0;
   if (wide) {
     plan.route = Route::kExpand;
     plan.scratch_bytes = ExpandScratch(a).bytes;
@@ -121,8 +121,8 @@ inline Plan PlanQuantMatMul(const QuantMatMulArgs& a, WeightKind kind, int eleme
   if (a.m > kGemvRows && TileTakes(a)) {
     plan.route = Route::kTile;
     plan.row_tiles = a.m <= 16 ? 2 : a.m <= 32 ? 4 : 8;
-    plan.shared_bytes = a.bits == 4 ? TileSharedBytes<4>(plan.row_tiles)
-                                  : TileSharedBytes<8>(plan.row_tiles);
+    plan.shared_bytes =
+        a.bits == 4 ? TileSharedBytes<4>(plan.row_tiles) : TileSharedBytes<8>(plan.row_tiles);
     const int64_t blocks = CeilDivide(a.n, kTileColumns) * CeilDivide(a.m, 8 * plan.row_tiles);
     // As many splits as give each multiprocessor a block, of at least two rounds of stages.
     const int64_t most = CeilDivide(Stages(a), 2 * kStages);

@@ -1,4 +1,5 @@
-// What the kernels of QuantMatMul share: y[m, n] = (sum over k of x[m, k] · W[n, k]) · r[m] + bias[n].
+// What the kernels of QuantMatMul share: y[m, n] = (sum over k of x[m, k] · W[n, k]) · r[m] +
+// bias[n].
 //
 //   W[n, k] = (level[code[n, k]] - zero[n, group]) · scale[n, group] · factor
 //
@@ -24,11 +25,11 @@ struct QuantMatMulArgs {
   int m;
   int n;
   int k;
-  int group;       // k that share a scale
-  int groups;      // G
-  int splits;      // of K
-  int offset;      // lowest level, for integer levels
-  int bits;        // of a code
+  int group;   // k that share a scale
+  int groups;  // G
+  int splits;  // of K
+  int offset;  // lowest level, for integer levels
+  int bits;    // of a code
   int bias_stride;
   ScaleType scale_type;
   float factor;
@@ -39,7 +40,9 @@ ONNXQ_HD int Steps(const QuantMatMulArgs& a) { return (a.k + 3) / 4; }
 ONNXQ_HD int Tiles(const QuantMatMulArgs& a) { return (a.k + kTileK - 1) / kTileK; }
 
 ONNXQ_HD int ScaleBytes(ScaleType type) {
-  return type == ScaleType::kFloat32 ? 4 : type == ScaleType::kE4M3 || type == ScaleType::kE8M0 ? 1 : 2;
+  return type == ScaleType::kFloat32                            ? 4
+         : type == ScaleType::kE4M3 || type == ScaleType::kE8M0 ? 1
+                                                                : 2;
 }
 
 ONNXQ_HD const uint8_t* PanelCodes(const QuantMatMulArgs& a, int64_t panel) {
@@ -56,7 +59,8 @@ template <class T, class Block>
 ONNXQ_DEVICE Words<2> LoadFour(const Block& block, const QuantMatMulArgs& a, int row, int k) {
   Words<2> four{};
   if (row >= a.m || k >= a.k) return four;
-  const auto* from = static_cast<const typename T::Bits*>(a.x) + static_cast<int64_t>(row) * a.k + k;
+  const auto* from =
+      static_cast<const typename T::Bits*>(a.x) + static_cast<int64_t>(row) * a.k + k;
   if (a.k % 4 == 0) return block.Load(reinterpret_cast<const Words<2>*>(from));
   ONNXQ_UNROLL
   for (int i = 0; i < 4; ++i) {

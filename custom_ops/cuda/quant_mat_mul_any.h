@@ -1,6 +1,6 @@
-// QuantMatMul for everything that the tensor cores' kernels do not take: float32 activations, levels
-// that no 16-bit float holds, groups that are no multiple of 16, weights that are not constant. And
-// the expansion of packed weights to a plain matrix, for products with many rows.
+// QuantMatMul for everything that the tensor cores' kernels do not take: float32 activations,
+// levels that no 16-bit float holds, groups that are no multiple of 16, weights that are not
+// constant. And the expansion of packed weights to a plain matrix, for products with many rows.
 #pragma once
 
 #include "quant_mat_mul.h"

@@ -103,8 +103,7 @@ ONNXQ_DEVICE void GemvBody(Block& block, const QuantMatMulArgs& a) {
         ONNXQ_UNROLL
         for (int half = 0; half < 2; ++half) {
           const int at = zeros_at + group * kPanel + Layout::Column(lane, i, half);
-          const int zero =
-              a.zero_points == nullptr ? 0 : shared.template Get<int8_t>(thread, at);
+          const int zero = a.zero_points == nullptr ? 0 : shared.template Get<int8_t>(thread, at);
           s.columns[i][half] = Decoder::Column(static_cast<float>(zero - a.offset), half);
         }
       }

@@ -1,11 +1,11 @@
 // QuantMatMul for more rows than a GEMV takes: blocks of rows stay in shared memory.
 //
-// A block takes four panels (128 columns), 8 · kRowTiles rows, and its split of K, in stages of 64 k.
-// Asynchronous copies bring kStages - 1 stages ahead. Warp w multiplies panel w % 4 with the tiles
-// 2 (w / 4) and 2 (w / 4) + 1 of each stage; at the end the two halves are added.
+// A block takes four panels (128 columns), 8 · kRowTiles rows, and its split of K, in stages of 64
+// k. Asynchronous copies bring kStages - 1 stages ahead. Warp w multiplies panel w % 4 with the
+// tiles 2 (w / 4) and 2 (w / 4) + 1 of each stage; at the end the two halves are added.
 //
-// Rows of x must begin at multiples of 16 bytes, and a group must hold 1, 2 or a multiple of 4 tiles
-// (TileTakes).
+// Rows of x must begin at multiples of 16 bytes, and a group must hold 1, 2 or a multiple of 4
+// tiles (TileTakes).
 //
 // Grid: x blocks of columns, y blocks of rows, z splits.
 #pragma once
@@ -33,7 +33,7 @@ struct StageLayout {
   static constexpr int kZeros = kScales + kTilePanels * kStageTiles * kPanel * 4;
   static constexpr int kBytes = kZeros + kTilePanels * kStageTiles * kPanel;
   static constexpr int kSums = 8 * row_tiles * (kTileColumns + 4) * 4;
-  static constexpr int kSharedBytes = kStages * kBytes > kSums ? kStages * kBytes : kSums;
+  static constexpr int kSharedBytes = kStages * kBytes > kSums ? kStages* kBytes : kSums;
 };
 
 ONNXQ_HD bool TileTakes(const QuantMatMulArgs& a) {
@@ -90,8 +90,7 @@ ONNXQ_DEVICE void TileBody(Block& block, const QuantMatMulArgs& a) {
         const int panel = first_panel + i / (Stage::kPanelBytes / 16);
         const int at = stage * Stage::kPanelBytes + i % (Stage::kPanelBytes / 16) * 16;
         const bool valid = panel < panels && at < panel_bytes;
-        const uint8_t* const from =
-            valid ? PanelCodes(a, panel) + at : a.codes;
+        const uint8_t* const from = valid ? PanelCodes(a, panel) + at : a.codes;
         shared.CopyAsync(thread, to + Stage::kCodes + 16 * i, from, valid);
       }
       // Scales and zero points of the stage's groups: of a panel they follow each other.
@@ -105,9 +104,9 @@ ONNXQ_DEVICE void TileBody(Block& block, const QuantMatMulArgs& a) {
               valid ? (PanelGroups(a, panel) + int64_t{first_group(stage)} * kPanel) * bytes +
                           i % pieces * 16
                     : 0;
-          shared.CopyAsync(thread,
-                           to + part + i / pieces * (kStageTiles * kPanel * bytes) + i % pieces * 16,
-                           static_cast<const char*>(values) + at, valid);
+          shared.CopyAsync(
+              thread, to + part + i / pieces * (kStageTiles * kPanel * bytes) + i % pieces * 16,
+              static_cast<const char*>(values) + at, valid);
         }
       };
       copy_groups(a.scales, scale_bytes, Stage::kScales);
@@ -180,8 +179,9 @@ ONNXQ_DEVICE void TileBody(Block& block, const QuantMatMulArgs& a) {
             });
           }
         }
-        const bool ends = group_tiles == 1 || (j == 1 && (group_tiles == 2 || stage + 1 == end ||
-                                                          (stage + 1) % group_stages == 0));
+        const bool ends =
+            group_tiles == 1 ||
+            (j == 1 && (group_tiles == 2 || stage + 1 == end || (stage + 1) % group_stages == 0));
         if (!ends) continue;
         warp.Each([&](int lane, int thread) {
           TileState<row_tiles>& s = states[thread];
@@ -238,7 +238,8 @@ ONNXQ_DEVICE void TileBody(Block& block, const QuantMatMulArgs& a) {
       const int row = first_row + i / kTileColumns;
       const int column = first_panel * kPanel + i % kTileColumns;
       if (row >= a.m || column >= a.n) continue;
-      const float total = shared.template Get<float>(thread, sum_at(i / kTileColumns, i % kTileColumns));
+      const float total =
+          shared.template Get<float>(thread, sum_at(i / kTileColumns, i % kTileColumns));
       if (a.splits == 1) {
         Finish<T>(block, a, a.factor * Decoder::kUnit, row, column, total);
       } else {
@@ -258,8 +259,10 @@ ONNXQ_DEVICE void SumSplitsBody(Block& block, const QuantMatMulArgs& a, float un
     const int64_t i = int64_t{block.X()} * kSumThreads + thread;
     if (i >= count) return;
     float total = 0;
-    for (int split = 0; split < a.splits; ++split) total += block.Load(a.partial + split * count + i);
-    Finish<T>(block, a, a.factor * unit, static_cast<int>(i / a.n), static_cast<int>(i % a.n), total);
+    for (int split = 0; split < a.splits; ++split)
+      total += block.Load(a.partial + split * count + i);
+    Finish<T>(block, a, a.factor * unit, static_cast<int>(i / a.n), static_cast<int>(i % a.n),
+              total);
   });
 }
 

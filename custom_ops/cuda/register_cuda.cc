@@ -35,8 +35,7 @@ constexpr int64_t kElementBytes = type == float32 ? 4 : 2;
 
 ort::OrtStatus* Check(const Api& api, const char* op, int code) {
   if (code == 0) return nullptr;
-  return Error(api, op, std::string("CUDA: ") + onnxq_cuda_error_text(code),
-               ort::ErrorCode::kFail);
+  return Error(api, op, std::string("CUDA: ") + onnxq_cuda_error_text(code), ort::ErrorCode::kFail);
 }
 
 ort::OrtStatus* GetStream(const Api& api, const ort::OrtKernelContext* context,
@@ -117,7 +116,8 @@ class Hadamard {
     if (kernel->block_ > cuda::kMaxHadamardPiece)
       return Error(api, kName,
                    "block = " + std::to_string(kernel->block_) + "; the CUDA kernel takes up to " +
-                       std::to_string(cuda::kMaxHadamardPiece));
+                       std::to_string(cuda::kMaxHadamardPiece),
+                   ort::ErrorCode::kNotImplemented);
     if (!std::isfinite(kernel->scale_)) return Error(api, kName, "the scale is not finite");
     return Check(api, kName, onnxq_cuda_prepare());
   }
@@ -180,9 +180,12 @@ class QuantMatMul {
                                 QuantMatMul* kernel) {
     int64_t layout = 0;
     const std::pair<const char*, int64_t*> integers[] = {
-        {"K", &kernel->k_},       {"N", &kernel->n_},
-        {"group", &kernel->group_}, {"bits", &kernel->bits_},
-        {"layout", &layout},      {"int8_activations", &kernel->int8_activations_},
+        {"K", &kernel->k_},
+        {"N", &kernel->n_},
+        {"group", &kernel->group_},
+        {"bits", &kernel->bits_},
+        {"layout", &layout},
+        {"int8_activations", &kernel->int8_activations_},
         {"exponent_scales", &kernel->exponent_scales_}};
     for (const auto& [name, value] : integers) {
       ONNXQ_RETURN_IF_ERROR(api.KernelInfoGetAttribute_int64(info, name, value));
@@ -215,9 +218,9 @@ class QuantMatMul {
       ONNXQ_RETURN_IF_ERROR(GetInput(api, context, i, &inputs[i]));
     const InputTensor& x = inputs[0];
     if (x.shape.empty() || x.shape.back() != k_)
-      return Error(api, kName,
-                   "x has shape " + Text(x.shape) + "; its last extent must be " +
-                       std::to_string(k_));
+      return Error(
+          api, kName,
+          "x has shape " + Text(x.shape) + "; its last extent must be " + std::to_string(k_));
     cuda::QuantMatMulArgs args{};
     ONNXQ_RETURN_IF_ERROR(SetArgs(api, inputs, &args));
     std::vector<int64_t> shape = x.shape;
@@ -300,8 +303,7 @@ class QuantMatMul {
                                          Product(codes.shape, codes.shape.size()), found, nullptr);
     }
     if (status == 0) {
-      status = static_cast<int>(
-          cudaMemcpy(&answer, found, sizeof answer, cudaMemcpyDeviceToHost));
+      status = static_cast<int>(cudaMemcpy(&answer, found, sizeof answer, cudaMemcpyDeviceToHost));
     }
     *there = answer != 0;
     return Check(api, kName, status);
@@ -312,12 +314,9 @@ class QuantMatMul {
     const int64_t panels = cuda::CeilDivide(n_, cuda::kPanel);
     const int64_t count = cuda::CeilDivide(k_, group_);
     const std::vector<int64_t> groups = {panels, count, cuda::kPanel};
-    const std::vector<int64_t> expected[] = {{},
-                                             {panels, cuda::CeilDivide(k_, 4), 16 * bits_},
-                                             groups,
-                                             groups,
-                                             {int64_t{1} << bits_},
-                                             {n_}};
+    const std::vector<int64_t> expected[] = {
+        {},  {panels, cuda::CeilDivide(k_, 4), 16 * bits_}, groups, groups, {int64_t{1} << bits_},
+        {n_}};
     const std::vector<int64_t> none[] = {{}, {}, {}, {1, 1, 1}, {}, {1}};
     constexpr const char* kNames[] = {"x", "codes", "scales", "zero_points", "levels", "bias"};
     for (size_t i = 1; i < inputs.size(); ++i) {
@@ -386,15 +385,15 @@ class QuantMatMul {
       // The integers as floats of x's type, which holds them exactly.
       const cuda::PerTokenArgs quantize = {args.x, scratch.Get<char>(q_at),
                                            scratch.Get<float>(scale_at), args.k};
-      ONNXQ_RETURN_IF_ERROR(Check(
-          api, kName, onnxq_cuda_per_token(&quantize, args.m, kElement<type>, 1, stream)));
+      ONNXQ_RETURN_IF_ERROR(
+          Check(api, kName, onnxq_cuda_per_token(&quantize, args.m, kElement<type>, 1, stream)));
       args.x = scratch.Get<char>(q_at);
       args.row_scale = scratch.Get<float>(scale_at);
     }
     void* const memory = plan.scratch_bytes > 0 ? scratch.Get<char>(plan_at) : nullptr;
-    return Check(api, kName,
-                 onnxq_cuda_quant_mat_mul(&args, kind, kElement<type>, format_.unit, &plan, memory,
-                                          stream));
+    return Check(
+        api, kName,
+        onnxq_cuda_quant_mat_mul(&args, kind, kElement<type>, format_.unit, &plan, memory, stream));
   }
 
   int64_t k_ = 0;

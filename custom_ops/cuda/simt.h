@@ -2,10 +2,10 @@
 //
 // A body is a function template over a Block, written as phases: `block.EachThread(f)` runs f for
 // every thread, `block.EachWarp(f)` for every warp, `block.Sync()` stands between phases that hand
-// shared memory on. What a thread keeps between phases lies in `Block::PerThread<State>`. DeviceBlock
-// below runs a phase in the calling thread alone, so all of it melts into a plain kernel; tests
-// compile the same bodies for the CPU with a Block that runs all threads one after another and
-// checks every access (tests/cuda/emulator.h). Only the few primitives below differ.
+// shared memory on. What a thread keeps between phases lies in `Block::PerThread<State>`.
+// DeviceBlock below runs a phase in the calling thread alone, so all of it melts into a plain
+// kernel; tests compile the same bodies for the CPU with a Block that runs all threads one after
+// another and checks every access (tests/cuda/emulator.h). Only the few primitives below differ.
 #pragma once
 
 #include <cstddef>

@@ -13,8 +13,9 @@ from typing import Any
 
 import onnxq
 from onnxq.errors import UnsupportedError
+from onnxq.runtime.cuda import cuda_problem
 from onnxq.runtime.flavour import installed_flavours, require_onnxruntime
-from onnxq.runtime.library import inspect_library, library_problem, shipped_path
+from onnxq.runtime.library import CUDA, inspect_library, library_problem, shipped_path
 
 _COMPILERS = ("c++", "g++", "clang++")
 _EXTRAS = {
@@ -48,6 +49,9 @@ class DoctorReport:
         isa_levels: kernel levels that this CPU can run, the best last.
         isa: the level in use.
         kernels: ``operator since-version provider dtype`` of each registered kernel.
+        cuda_library: path of the library of CUDA kernels, None when it was not built.
+        cuda_problem: why the CUDA kernels cannot be used, None when they can; no fault of a machine
+            without a GPU, so it does not count as a problem.
         compiler: path of a C++ compiler, None when there is none.
         extras: whether what each optional extra brings is importable.
         runtime_problem: why sessions cannot be made, and the cure; None when they can.
@@ -67,6 +71,8 @@ class DoctorReport:
     isa_levels: tuple[str, ...]
     isa: str | None
     kernels: tuple[str, ...]
+    cuda_library: str | None
+    cuda_problem: str | None
     compiler: str | None
     extras: dict[str, bool]
     runtime_problem: str | None
@@ -99,6 +105,8 @@ class DoctorReport:
             ("library", self.library or "not built"),
             ("kernel level", f"{self.isa or 'none'} (this CPU: {' '.join(self.isa_levels)})"),
             ("kernels", ", ".join(self.kernels) or "none"),
+            ("cuda library", self.cuda_library or "not built"),
+            ("cuda kernels", "usable" if self.cuda_problem is None else f"no: {self.cuda_problem}"),
             ("compiler", self.compiler or "none"),
             ("extras", extras),
         )
@@ -135,6 +143,7 @@ def doctor() -> DoctorReport:
             f"{row.op} {row.since_version} {row.provider} {row.dtype}" for row in library.kernels
         )
         isa, kernels_problem = _isa_in_use(levels)
+    cuda_path = shipped_path(kind=CUDA)
     return DoctorReport(
         onnxq=onnxq.__version__,
         python=platform.python_version(),
@@ -149,6 +158,8 @@ def doctor() -> DoctorReport:
         isa_levels=levels,
         isa=isa,
         kernels=kernels,
+        cuda_library=None if cuda_path is None else str(cuda_path),
+        cuda_problem=cuda_problem(),
         compiler=next(filter(None, map(shutil.which, _COMPILERS)), None),
         extras={
             name: importlib.util.find_spec(module) is not None for name, module in _EXTRAS.items()

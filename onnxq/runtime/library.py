@@ -21,14 +21,36 @@ from onnxq.errors import DataError, UnsupportedError
 ABI_TAG = "onnxq-ops-abi-1"
 """The contract between library and package; both sides raise it together."""
 
-_FILE_NAME = "libonnxq_ops_cpu.so"
-_ENTRY_POINTS = ("onnxq_abi_tag", "onnxq_version", "onnxq_kernels", "onnxq_isa_levels")
 _NO_LIBRARY = (
     "the operator library was not built; operators run as their standard-ONNX bodies, slower. "
     "Install a C++17 compiler and reinstall onnxq to get the kernels"
 )
 
 _log = logging.getLogger("onnxq.runtime")
+
+
+@dataclass(frozen=True)
+class LibraryKind:
+    """A library of operators; there is one for each provider.
+
+    Args:
+        provider: of its kernels, as ``ops.def`` calls it.
+        file_name: of the shared library.
+        abi_tag: what its entry point of that name must answer.
+        entry_points: functions that it must have beside the common ones.
+    """
+
+    provider: str
+    file_name: str
+    abi_tag: str
+    entry_points: tuple[str, ...]
+
+
+CPU = LibraryKind("CPU", "libonnxq_ops_cpu.so", ABI_TAG, ("onnxq_isa_levels",))
+CUDA = LibraryKind(
+    "CUDA", "libonnxq_ops_cuda.so", "onnxq-ops-cuda-abi-1", ("onnxq_cuda_runtime_version",)
+)
+_COMMON_ENTRY_POINTS = ("onnxq_abi_tag", "onnxq_version", "onnxq_kernels")
 
 
 @dataclass(frozen=True)
@@ -39,29 +61,32 @@ class Library:
         path: the shared library.
         version: version of onnxq that it was built with.
         kernels: the kernels it registers.
-        isa_levels: instruction sets of this CPU that it has code for, the best last.
+        isa_levels: instruction sets of this CPU that it has code for, the best last; CPU only.
+        cuda_version: CUDA that it was built with, 1000 * major + 10 * minor; CUDA only.
     """
 
     path: Path
     version: str
     kernels: tuple[Kernel, ...]
-    isa_levels: tuple[str, ...]
+    isa_levels: tuple[str, ...] = ()
+    cuda_version: int = 0
 
 
-def shipped_path(folders: Iterable[str] | None = None) -> Path | None:
+def shipped_path(folders: Iterable[str] | None = None, *, kind: LibraryKind = CPU) -> Path | None:
     """Where the package's own library lies, or None when it was not built.
 
     Args:
         folders: folders of the package ``onnxq.custom_ops``; an editable install has two.
+        kind: which library.
     """
     for folder in custom_ops.__path__ if folders is None else folders:
-        path = Path(folder) / "lib" / _FILE_NAME
+        path = Path(folder) / "lib" / kind.file_name
         if path.is_file():
             return path
     return None
 
 
-def inspect_library(path: Path) -> Library:
+def inspect_library(path: Path, kind: LibraryKind = CPU) -> Library:
     """Open a library and check that this package can use it.
 
     Raises:
@@ -77,23 +102,26 @@ def inspect_library(path: Path) -> Library:
         handle = ctypes.CDLL(str(path.resolve()))
     except OSError as error:
         raise _misfit(path, f"it does not load: {error}") from error
-    missing = [name for name in _ENTRY_POINTS if not hasattr(handle, name)]
+    entry_points = (*_COMMON_ENTRY_POINTS, *kind.entry_points)
+    missing = [name for name in entry_points if not hasattr(handle, name)]
     if missing:
         raise _misfit(path, f"it is no onnxq operator library (no {missing[0]})")
     # Nothing else is called before the tag is known to fit.
     tag = _text(handle, "onnxq_abi_tag")
-    if tag != ABI_TAG:
-        raise _misfit(path, f"its ABI tag is {tag!r}, this onnxq needs {ABI_TAG!r}")
+    if tag != kind.abi_tag:
+        raise _misfit(path, f"its ABI tag is {tag!r}, this onnxq needs {kind.abi_tag!r}")
     rows = (line.split() for line in _text(handle, "onnxq_kernels").splitlines())
     library = Library(
         path=path,
         version=_text(handle, "onnxq_version"),
         kernels=tuple(Kernel(op, int(since), where, dtype) for op, since, where, dtype in rows),
-        isa_levels=tuple(_text(handle, "onnxq_isa_levels").split()),
+        isa_levels=tuple(_text(handle, "onnxq_isa_levels").split()) if kind is CPU else (),
+        cuda_version=int(handle.onnxq_cuda_runtime_version()) if kind is CUDA else 0,
     )
     if library.version != onnxq.__version__:
         raise _misfit(path, f"it is of onnxq {library.version}, this is {onnxq.__version__}")
-    if set(library.kernels) != {row for row in custom_ops.kernels() if row.provider == "CPU"}:
+    listed = {row for row in custom_ops.kernels() if row.provider == kind.provider}
+    if set(library.kernels) != listed:
         raise _misfit(path, "its kernels are not those of this package's ops.def")
     return library
 

@@ -161,9 +161,7 @@ class Emulation:
             *(x.ctypes.data, core.ctypes.data, y.ctypes.data),
             *(scales.ctypes.data if quantize else None, x.size, block, len(core), piece, scale),
         )
-        self._check(
-            self._handle.emulate_hadamard(ctypes.byref(args), int(ELEMENT_TYPES[x.dtype]))
-        )
+        self._check(self._handle.emulate_hadamard(ctypes.byref(args), int(ELEMENT_TYPES[x.dtype])))
         return y, scales
 
     @staticmethod
@@ -201,7 +199,10 @@ class Call:
             *(kept["levels"], kept["bias"], kept.get("row_scale"), self.y.ctypes.data),
             *(kept["partial"] if splits > 1 else None, x.shape[0], n, k, group, -(-k // group)),
             *(splits, made.offset, int(a["bits"]), int(len(packed.inputs["bias"]) == n and n > 1)),
-            *(scale_type(packed.inputs["scales"].dtype), a["factor"] * (1 if plain_factor else made.unit)),
+            *(
+                scale_type(packed.inputs["scales"].dtype),
+                a["factor"] * (1 if plain_factor else made.unit),
+            ),
         )
 
 

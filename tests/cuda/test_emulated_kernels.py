@@ -26,7 +26,8 @@ FLOAT16 = np.dtype(np.float16)
 TYPES = (FLOAT16, BFLOAT16)
 KINDS = {"int4": WeightKind.AFFINE4, "uint4": WeightKind.AFFINE4, "int8": WeightKind.AFFINE8,
          "uint8": WeightKind.AFFINE8, "mxfp4": WeightKind.E2M1, "nvfp4": WeightKind.E2M1,
-         "fp8": WeightKind.E4M3, "mxfp8e4m3": WeightKind.E4M3, "mxint8": WeightKind.AFFINE8}  # fmt: skip
+         "fp8": WeightKind.E4M3, "mxfp8e4m3": WeightKind.E4M3,
+         "mxint8": WeightKind.AFFINE8}  # fmt: skip
 NARROW = ("binary", "int3", "mxfp6e2m3")  # in planes of 1, 2 and 4 bits
 
 # Of sums in float32 relative to the sum of magnitudes; see docs/cuda.md.
@@ -90,7 +91,7 @@ def test_tile(emulation: Emulation, kind: str, dtype: np.dtype[Any]) -> None:
         check(y, x, packed)
 
 
-@pytest.mark.parametrize("dtype", (np.dtype(np.float32), *TYPES), ids=str)
+@pytest.mark.parametrize("dtype", [np.dtype(np.float32), *TYPES], ids=str)
 @pytest.mark.parametrize("kind", [*KINDS, "nf4", "mxfp8e5m2", *NARROW])
 def test_any(emulation: Emulation, kind: str, dtype: np.dtype[Any]) -> None:
     for m, k, n, group in ((1, 1, 1, 16), (5, 130, 33, 20), (9, 96, 64, 16), (2, 67, 40, 67)):
@@ -190,7 +191,7 @@ def test_levels_are_recognized(emulation: Emulation) -> None:
 
 
 @pytest.mark.parametrize("floats", [False, True])
-@pytest.mark.parametrize("dtype", (np.dtype(np.float32), *TYPES), ids=str)
+@pytest.mark.parametrize("dtype", [np.dtype(np.float32), *TYPES], ids=str)
 def test_per_token(emulation: Emulation, dtype: np.dtype[Any], floats: bool) -> None:
     if floats and dtype == np.float32:
         pytest.skip("float32 activations have no tensor-core product")
@@ -210,7 +211,7 @@ HADAMARDS = ((1, 1, 1), (2, 2, 1), (16, 8, 1), (32, 32, 1), (96, 32, 1), (64, 64
              (5120, 128, 1), (16384, 16384, 1))  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", (np.dtype(np.float32), *TYPES), ids=str)
+@pytest.mark.parametrize("dtype", [np.dtype(np.float32), *TYPES], ids=str)
 def test_hadamard(emulation: Emulation, dtype: np.dtype[Any]) -> None:
     """The CPU's bits."""
     reference = custom_ops.get("Hadamard").reference

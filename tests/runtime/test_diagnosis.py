@@ -67,7 +67,7 @@ def test_impossible_level_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_missing_library_is_one_loud_line(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (diagnosis, sys.modules["onnxq.runtime.library"]):
-        monkeypatch.setattr(module, "shipped_path", lambda: None)
+        monkeypatch.setattr(module, "shipped_path", lambda **_: None)
     report = doctor()
     assert report.library is None
     assert any("was not built" in line for line in report.lines() if line.startswith("PROBLEM"))

@@ -37,7 +37,7 @@ def code_of(
 @pytest.fixture
 def no_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     usable_library.cache_clear()
-    monkeypatch.setattr(library_module, "shipped_path", lambda: None)
+    monkeypatch.setattr(library_module, "shipped_path", lambda **_: None)
     yield
     usable_library.cache_clear()
 
@@ -79,12 +79,12 @@ def test_unknown_operator() -> None:
     assert code_of(caught) == "UNSUPPORTED-CUSTOM-OP"
 
 
-@pytest.mark.parametrize("name", ["cuda", "NoSuchProvider"])
-def test_missing_provider_is_no_silent_fallback(name: str) -> None:
-    if name == "cuda" and "CUDAExecutionProvider" in available_providers():
+@pytest.mark.parametrize("names", [["cuda"], ["NoSuchProvider"], ["NoSuchProvider", "cpu"]])
+def test_missing_provider_is_no_silent_fallback(names: list[str]) -> None:
+    if names == ["cuda"] and "CUDAExecutionProvider" in available_providers():
         pytest.skip("this onnxruntime has CUDA")
     with pytest.raises(UnsupportedError, match="CPUExecutionProvider") as caught:
-        session(source(ADD), [name, "cpu"])
+        session(source(ADD), names)
     assert code_of(caught) == "UNSUPPORTED-PROVIDER"
 
 
