@@ -1,4 +1,4 @@
-# make run | test | test-slow | lint | bench | bench-readme | kernels | clean
+# make run | test | test-slow | lint | bench | bench-readme | kernels | cuda | clean
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -10,17 +10,23 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # The GPU and CPU flavours of onnxruntime overwrite each other, so exactly one goes in.
 EXTRA ?= $(shell nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+# CUDA kernels: by default where there are both a GPU and nvcc.
+ONNXQ_CUDA ?= $(if $(filter gpu,$(EXTRA)),$(shell command -v nvcc >/dev/null && echo 1))
+export ONNXQ_CUDA
 OUT ?= out
 SHARED := $(shell if [ -n "$${ONNXQ_SHARED:-}" ]; then echo "$$ONNXQ_SHARED"; else echo ../shared; fi)
 
 # What a rebuild of the environment depends on; Python files are used in place.
-BUILD_INPUTS := pyproject.toml CMakeLists.txt custom_ops/CMakeLists.txt \
-	$(shell find custom_ops -name '*.cc' -o -name '*.h' -o -name '*.def' -o -name '*.cu' | sort)
-CXX_SOURCES := $(shell find custom_ops -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | sort)
+CXX_SOURCES := $(shell find custom_ops tests -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \
+	| sort)
+# A change of the CUDA kernels reinstalls only where they are built.
+BUILD_INPUTS := pyproject.toml CMakeLists.txt custom_ops/CMakeLists.txt custom_ops/ops.def \
+	$(if $(filter 1,$(ONNXQ_CUDA)),custom_ops/cuda/CMakeLists.txt $(CXX_SOURCES), \
+	  $(filter-out custom_ops/cuda/%,$(filter custom_ops/%,$(CXX_SOURCES))))
 RUN_STAMP := $(VENV)/.installed-$(EXTRA)
 DEV_STAMP := $(VENV)/.installed-$(EXTRA)-dev
 
-.PHONY: help run test test-slow lint bench bench-readme kernels clean
+.PHONY: help run test test-slow lint bench bench-readme kernels cuda clean
 help:
 	@echo "make run        quantize a real model end to end and print the table"
 	@echo "make test       lint-free tests (under 15 minutes on two cores)"
@@ -29,6 +35,7 @@ help:
 	@echo "make bench      every file in benchmarks/"
 	@echo "make bench-readme  measure the README's table anew"
 	@echo "make kernels    build the operator library into the source tree"
+	@echo "make cuda       build the library of CUDA kernels into the source tree; needs nvcc"
 	@echo "make clean      remove everything that was built"
 
 # $(call install,EXTRAS): one environment; emptied first when it holds the other onnxruntime.
@@ -88,6 +95,12 @@ kernels:
 	cmake -S . -B build/kernels -DONNXQ_REQUIRE_KERNELS=ON >/dev/null
 	cmake --build build/kernels -j2
 	cmake --install build/kernels --prefix . >/dev/null
+
+# The same for the CUDA kernels, with nvcc; no GPU is needed to build them.
+cuda:
+	cmake -G Ninja -S . -B build/cuda -DONNXQ_REQUIRE_KERNELS=ON -DONNXQ_CUDA=ON >/dev/null
+	cmake --build build/cuda -j2
+	cmake --install build/cuda --prefix . >/dev/null
 
 clean:
 	rm -rf $(VENV) build dist $(OUT) custom_ops/lib .mypy_cache .ruff_cache .pytest_cache

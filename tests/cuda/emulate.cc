@@ -60,8 +60,7 @@ void RunDecoded(const QuantMatMulArgs& a, Route route, int row_tiles) {
       sums.Input(a.partial, int64_t{a.splits} * a.m * a.n * 4);
       sums.Output(a.y, int64_t{a.m} * a.n * 2);
       RunGrid(&sums, static_cast<int>(CeilDivide(int64_t{a.m} * a.n, kSumThreads)), 1, 1,
-              kSumThreads,
-              [&](HostBlock& block) { SumSplitsBody<T>(block, a, Decoder::kUnit); });
+              kSumThreads, [&](HostBlock& block) { SumSplitsBody<T>(block, a, Decoder::kUnit); });
       sums.CheckComplete();
     }
   }
@@ -139,8 +138,8 @@ using namespace onnxq::cuda;
 #define ONNXQ_EXPORT extern "C" __attribute__((visibility("default")))
 
 // type: 0 float32, 1 float16, 2 bfloat16. route and kind: of plan.h.
-ONNXQ_EXPORT const char* emulate_quant_mat_mul(const QuantMatMulArgs* a, int type,
-                                               int kind, int route, int row_tiles) {
+ONNXQ_EXPORT const char* emulate_quant_mat_mul(const QuantMatMulArgs* a, int type, int kind,
+                                               int route, int row_tiles) {
   return Guard([&] {
     const auto path = static_cast<Route>(route);
     if (path == Route::kAny) {

@@ -1,9 +1,9 @@
 // Runs the bodies of our CUDA kernels on the CPU, thread after thread, and checks what they touch.
 //
-// Global memory: each access lies in a buffer that was declared, at an aligned address; every element
-// of an output is written once. Shared memory: bytes are written before they are read, asynchronous
-// copies are waited for, and no two threads touch a byte between two Syncs if one of them writes it.
-// Whatever breaks a rule throws.
+// Global memory: each access lies in a buffer that was declared, at an aligned address; every
+// element of an output is written once. Shared memory: bytes are written before they are read,
+// asynchronous copies are waited for, and no two threads touch a byte between two Syncs if one of
+// them writes it. Whatever breaks a rule throws.
 #pragma once
 
 #include <algorithm>
@@ -37,7 +37,8 @@ class Memory {
 
   void CheckRead(const void* at, size_t bytes, size_t alignment) const {
     const char* begin = static_cast<const char*>(at);
-    if (reinterpret_cast<uintptr_t>(at) % alignment != 0) throw std::runtime_error("unaligned read");
+    if (reinterpret_cast<uintptr_t>(at) % alignment != 0)
+      throw std::runtime_error("unaligned read");
     for (const Region& region : inputs_) {
       if (begin >= region.begin && begin + bytes <= region.end) return;
     }
@@ -46,7 +47,8 @@ class Memory {
 
   void CheckWrite(const void* at, size_t bytes, size_t alignment) {
     const char* begin = static_cast<const char*>(at);
-    if (reinterpret_cast<uintptr_t>(at) % alignment != 0) throw std::runtime_error("unaligned write");
+    if (reinterpret_cast<uintptr_t>(at) % alignment != 0)
+      throw std::runtime_error("unaligned write");
     for (size_t i = 0; i < outputs_.size(); ++i) {
       if (begin < outputs_[i].begin || begin + bytes > outputs_[i].end) continue;
       for (size_t b = 0; b < bytes; ++b) {
@@ -156,7 +158,8 @@ class HostBlock {
     void Set(int thread, int at, V value) const {
       char bytes[sizeof(V)];
       std::memcpy(bytes, &value, sizeof(V));
-      for (size_t i = 0; i < sizeof(V); ++i) block_.Write(thread, at, i, alignof(V)).value = bytes[i];
+      for (size_t i = 0; i < sizeof(V); ++i)
+        block_.Write(thread, at, i, alignof(V)).value = bytes[i];
     }
     void CopyAsync(int thread, int at, const void* from, bool valid) const {
       if (valid) block_.memory_->CheckRead(from, 16, 16);
