@@ -61,6 +61,7 @@ BUILTIN: Final[Mapping[str, Entry]] = {
         clip_activation="ClipActivation",
         prefix_tokens="PrefixTokens",
         low_rank_split="LowRankSplit",
+        reassemble_channels="ReassembleChannels",
         awq_scale="AwqScale",
         shift_scale="ShiftScale",
         equalize="Equalize",

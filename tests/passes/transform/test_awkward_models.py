@@ -40,6 +40,7 @@ TRANSFORMS = {
     "smooth-rot": "calibrate, smooth-rot",
     "clip-activation": "calibrate, clip-activation{limit=1e6}",
     "prefix-tokens": "prefix-tokens{tokens=[1]}",
+    "reassemble-channels": "calibrate, reassemble-channels",
     "low-rank-split": "low-rank-split{rank=2}",
 }
 SAME = 2e-5
