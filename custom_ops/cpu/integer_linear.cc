@@ -233,6 +233,7 @@ ort::OrtStatus* IntegerGelu<type>::Compute(const Api& api, ort::OrtKernelContext
 
 template class IntegerGelu<ElementType::kInt8>;
 template class IntegerGelu<ElementType::kUint8>;
+template class IntegerGelu<ElementType::kInt16>;
 
 // IntegerSilu
 // --------------------------------------------------------------------------------------
@@ -274,6 +275,7 @@ ort::OrtStatus* IntegerSilu<type>::Compute(const Api& api, ort::OrtKernelContext
 
 template class IntegerSilu<ElementType::kInt8>;
 template class IntegerSilu<ElementType::kUint8>;
+template class IntegerSilu<ElementType::kInt16>;
 
 // IntegerAdd
 // ---------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ z = ⌊z · r / 2^s3⌋ + p3;   z = ⌊z · r / 2^s2⌋ + p2
 z = ⌊z · r / 2^s1⌋ + p1;   z = ⌊z · r / 2^s0⌋ + p0
 ```
 ```
-y = round(z · multiplier / 2^(shift + k))          (halves up; 0 where shift + k > 62)
+y = round(z · multiplier / 2^(shift + k))            (halves up; 0 where shift + k > 62)
 ```
 
 With p4 = p3 = 0, p2 = 1 and no shifts, z is I-BERT's polynomial r(r + p1) + p0 and z · 2^(30 - k)

@@ -22,9 +22,9 @@ t = Requantize(x, bias, multiplier, shift) within ±32767;   g = t · (IntegerEr
 y = clip(zero_point + round(g · out_multiplier / 2^out_shift), low, high)
 ```
 
-`x: [..., N]` i32 or i16; `bias`, `multiplier`, `shift`: `[N]` or `[1]` i32; `zero_point: []` i8
-or u8, whose type is that of `y: [..., N]`. GELU(v) = v/2 · (1 + erf(v/√2)): the attributes of erf
-are those for inputs in steps of the scale of t over √2, and half the scale of erf goes into
+`x: [..., N]` i32 or i16; `bias`, `multiplier`, `shift`: `[N]` or `[1]` i32; `zero_point: []` i8,
+u8 or i16, whose type is that of `y: [..., N]`. GELU(v) = v/2 · (1 + erf(v/√2)): the attributes of
+erf are those for inputs in steps of the scale of t over √2, and half the scale of erf goes into
 out_multiplier.
 
 Steps of t up to 1e-3 keep the error below 0.0185 with I-BERT's polynomial, below 0.0024 with
@@ -129,7 +129,7 @@ OPERATOR = Operator(
         "bias": "`[N]` or `[1]` i32",
         "multiplier": "`[N]` or `[1]` i32",
         "shift": "`[N]` or `[1]` i32, 1 to 62",
-        "zero_point": "`[]` i8 or u8",
+        "zero_point": "`[]` i8, u8 or i16",
     },
     outputs={"y": "`[..., N]`, the type of zero_point"},
     min_opset=18,

@@ -28,8 +28,8 @@ g = ⌊32767 · 2^15 / (32767 + e)⌋;   g = 2^15 - g where t < 0        (sigmoi
 y = clip(zero_point + round(t · g · out_multiplier / 2^out_shift), low, high)
 ```
 
-`x: [..., N]` i32 or i16; `bias`, `multiplier`, `shift`: `[N]` or `[1]` i32; `zero_point: []` i8
-or u8, whose type is that of `y: [..., N]`.
+`x: [..., N]` i32 or i16; `bias`, `multiplier`, `shift`: `[N]` or `[1]` i32; `zero_point: []` i8,
+u8 or i16, whose type is that of `y: [..., N]`.
 
 - Rounding is half up, but that of g, which is down.
 - Errors: as of Requantize and IntegerExp.
@@ -137,7 +137,7 @@ OPERATOR = Operator(
         "bias": "`[N]` or `[1]` i32",
         "multiplier": "`[N]` or `[1]` i32",
         "shift": "`[N]` or `[1]` i32, 1 to 62",
-        "zero_point": "`[]` i8 or u8",
+        "zero_point": "`[]` i8, u8 or i16",
     },
     outputs={"y": "`[..., N]`, the type of zero_point"},
     min_opset=18,

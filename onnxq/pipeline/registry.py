@@ -85,7 +85,9 @@ BUILTIN: Final[Mapping[str, Entry]] = {
         hqq="Hqq",
         correct_bias="CorrectBias",
     ),
-    **_builtin("lower", pack="Pack", qdq="Qdq", quantize_kv="QuantizeKv"),
+    **_builtin(
+        "lower", integer_only="IntegerOnly", pack="Pack", qdq="Qdq", quantize_kv="QuantizeKv"
+    ),
 }
 
 

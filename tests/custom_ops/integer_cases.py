@@ -18,6 +18,7 @@ Raw = tuple[str, dict[str, Array], dict[str, Array], dict[str, int], bool]
 _LENGTHS = (1, 7, 16, 17, 31, 33, 64, 97, 129, 257)
 _SHAPES = ((1,), (0, 4), (2, 0, 3), (2, 3, 5, 31))
 _LIMITS = {"int8": (-128, 127), "uint8": (0, 255), "int16": (-32768, 32767)}
+_STEPS = {"int8": 0.03, "uint8": 0.03, "int16": 2.5e-4}
 _EXTREMES = np.array(
     [-(2**31), 2**31 - 1, -(2**31) + 1, 0, 1, -1, 2**30, -(2**30), 32767, -32768, 255], np.int32
 )
@@ -165,7 +166,7 @@ def erf(dtype: str) -> Iterator[Raw]:
 def _gelu_attributes(dtype: str, scale: float, degree: int) -> dict[str, int]:
     low, high = _LIMITS[dtype]
     constants = erf_constants(scale / 1.4142, degree)
-    multiplier, shift = dyadic(scale * constants.scale / 2 / 0.03)
+    multiplier, shift = dyadic(scale * constants.scale / 2 / _STEPS[dtype])
     output = {"out_multiplier": int(multiplier), "out_shift": int(shift), "low": low, "high": high}
     return {**constants.attributes(), "one": constants.one, **output}
 
@@ -183,7 +184,7 @@ def silu(dtype: str) -> Iterator[Raw]:
         constants = exp_constants(scale, degree).attributes()
         constants["exp_multiplier"] = constants.pop("multiplier")
         constants["exp_shift"] = constants.pop("shift")
-        multiplier, shift = dyadic(scale * 2.0**-15 / 0.03)
+        multiplier, shift = dyadic(scale * 2.0**-15 / _STEPS[dtype])
         factor = {"out_multiplier": int(multiplier), "out_shift": int(shift)}
         return {**constants, **factor, "low": low, "high": high}
 
@@ -192,7 +193,7 @@ def silu(dtype: str) -> Iterator[Raw]:
 
 def _activation(dtype: str, attributes_of: Any) -> Iterator[Raw]:
     rng = np.random.default_rng(27)
-    zero = {"zero_point": np.array(-100 if dtype == "int8" else 28, dtype)}
+    zero = {"zero_point": np.array({"int8": -100, "uint8": 28, "int16": -1000}[dtype], dtype)}
     attributes = attributes_of(2.4e-4, 2)
     for shape in (*((3, n) for n in _LENGTHS), *_SHAPES):
         constants = _factors(rng, shape[-1], 0.1) | zero

@@ -1,0 +1,524 @@
+"""Rewrites a float transformer, match by match, into integer operators.
+
+The walk follows the graph's order. Each float value that a match writes gets an integer form; what
+only moves data is repeated on that form; masks are built again on integers; what remains and reads
+a float has no integer form, and is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxq.errors import PreconditionError, UnsupportedError
+from onnxq.formats import affine_params
+from onnxq.graph.edit import replace_value
+from onnxq.graph.match import (
+    Activation,
+    Attention,
+    Embedding,
+    Linear,
+    Norm,
+    Structure,
+)
+from onnxq.graph.match.values import const_array, const_scalar, is_op, node_label, value_name
+from onnxq.passes.lower.integer_forms import Acc, Codes, Emitter, Form, Spec, Wide
+from onnxq.passes.lower.integer_functions import FunctionLowering, Options
+from onnxq.passes.lower.integer_mask import MaskLowering
+from onnxq.passes.lower.weights import integer_format, quantize_weight, take_rounded, weight_as_read
+from onnxq.passes.plan import QuantPlan
+from onnxq.passes.weights.rounded import RoundedWeights
+from onnxq.solvers.integer_only import min_exp_scale
+
+MOVES = (
+    "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Flatten", "Slice", "Gather",
+    "Expand", "Split", "Dropout",
+)  # fmt: skip
+"""Operators that only move numbers: they run on integers as they are."""
+
+MAX_BIAS = 1 << 29
+"""A bias beyond would leave no room for the products; its column gets a coarser scale."""
+
+RangeOf = Callable[[str, bool], tuple[float, float]]
+"""(value, symmetric) -> the range that codes should cover."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """One match that was lowered, for the report."""
+
+    site: str
+    what: str
+
+
+class IntegerLowering:
+    """Lowers one graph.
+
+    Args:
+        model: edited in place.
+        structure: its matches.
+        plan: of the linear layers.
+        rounded: weights that solvers rounded.
+        range_of: calibrated ranges.
+        options: of the pass.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        structure: Structure,
+        plan: QuantPlan,
+        rounded: RoundedWeights,
+        range_of: RangeOf,
+        options: Options,
+    ) -> None:
+        self._graph = model.graph
+        self._structure = structure
+        self._plan = plan
+        self._rounded = rounded
+        self._range_of = range_of
+        self._emitter = Emitter(model, options.residual_bits)
+        self._masks = MaskLowering(self._emitter)
+        self._functions = FunctionLowering(self._emitter, options)
+        self._forms: dict[ir.Value, Form] = {}
+        self._roots: dict[ir.Node, Linear | Norm | Activation | Attention | Embedding] = {}
+        self._inner: set[ir.Node] = set()
+        self._wanted: dict[ir.Value, dict[Spec, None]] = {}
+        self._collect()
+
+    # Before the walk ------------------------------------------------------------------------------
+
+    def _collect(self) -> None:
+        found = self._structure
+        for linear in found.linears:
+            self._roots[linear.bias_add or linear.node] = linear
+            self._inner.add(linear.node)
+            self._want(linear.x, self._planned(linear))
+        for norm in found.norms:
+            self._roots[norm.root] = norm
+            self._inner.update(norm.nodes)
+        for activation in found.activations:
+            self._roots[activation.root] = activation
+            self._inner.update(activation.nodes)
+        for attention in found.attentions:
+            self._roots[attention.pv_matmul] = attention
+            self._inner.update(attention.nodes)
+            for value, spec in self._attention_specs(attention):
+                self._want(value, spec)
+        for embedding in found.embeddings:
+            self._roots[embedding.node] = embedding
+
+    def _want(self, value: ir.Value, spec: Spec) -> None:
+        """``value`` will be read as ``spec`` says: so should be what it was moved from."""
+        self._wanted.setdefault(source_of(value), {})[spec] = None
+
+    def _planned(self, linear: Linear) -> Spec:
+        """How a layer reads its input; uint8 codes whatever the plan says of the sign."""
+        name = str(linear.x.name)
+        planned = self._plan.values.get(name)
+        site = self._plan.sites.get(linear.name)
+        if planned is None or site is None or site.mode != "static":
+            why = self._plan.floats.get(linear.name, "no static plan")
+            raise PreconditionError(
+                "PASS-INTEGER-PLAN",
+                f"`integer-only`: layer `{linear.name}` is not planned in integers: {why}",
+                "put `assign{mode=static}` before, and leave no layer in float",
+            )
+        if planned.same_as is not None:
+            planned = self._plan.values[planned.same_as]
+        fmt = integer_format(planned.format)
+        if fmt.bits != 8:
+            raise PreconditionError(
+                "PASS-INTEGER-PLAN",
+                f"`integer-only`: layer `{linear.name}` reads {planned.format}, not 8 bits",
+                "put `assign{activations=uint8}` before",
+            )
+        scale, zero = affine_params(planned.lo, planned.hi, fmt, symmetric=planned.symmetric)
+        return Spec(float(scale), int(zero) + (128 if fmt.signed else 0))
+
+    def _symmetric(self, value: ir.Value, *, signed: bool) -> Spec:
+        """Codes about zero for what products of two activations read."""
+        lo, hi = self._range_of(value_name(source_of(value)), True)
+        scale = max(-lo, hi, 1e-6) / 127
+        return Spec(scale, 0, signed=True) if signed else Spec(scale, 128)
+
+    def _attention_specs(self, attention: Attention) -> Iterator[tuple[ir.Value, Spec]]:
+        q = self._symmetric(attention.q, signed=False)
+        k = self._symmetric(attention.k, signed=True)
+        # Scores finer than the exponential takes: coarser codes of q lose nothing that counts.
+        least = min_exp_scale() * (1 + 1e-6) / (k.scale * scale_after(attention))
+        yield attention.q, Spec(max(q.scale, least), q.zero)
+        yield attention.k, k
+        yield attention.v, self._symmetric(attention.v, signed=True)
+
+    # The walk -------------------------------------------------------------------------------------
+
+    def run(self) -> Iterator[Done]:
+        """Lower everything; afterwards no output of the graph hangs on a float but at its end."""
+        for node in list(self._graph):
+            match = self._roots.get(node)
+            if match is not None:
+                yield from self._lower(node, match)
+            elif node not in self._inner:
+                yield from self._other(node)
+        for output in list(self._graph.outputs):
+            if output in self._forms:
+                self._dequantize(output)
+
+    def _lower(
+        self, node: ir.Node, match: Linear | Norm | Activation | Attention | Embedding
+    ) -> Iterator[Done]:
+        self._emitter.at(node, match.name)
+        if isinstance(match, Embedding):
+            amax = float(np.abs(_table(match)).max())
+            self._forms[match.output] = self._functions.embedding(
+                match.indices, _table(match), amax
+            )
+            yield Done(match.name, "IntegerEmbedding, int8 rows")
+        elif isinstance(match, Linear):
+            yield self._linear(match)
+        elif isinstance(match, Norm):
+            yield self._norm(match)
+        elif isinstance(match, Activation):
+            yield self._activation(match)
+        else:
+            yield self._attention(match)
+
+    def _other(self, node: ir.Node) -> Iterator[Done]:
+        """A node of no match: it moves data, adds, scales, or has no integer form."""
+        read = [v for v in node.inputs if v is not None and v in self._forms]
+        if not read:
+            return
+        label = node_label(node)
+        self._emitter.at(node, label)
+        if is_op(node, "Shape", "Size"):
+            node.replace_input_with(0, self._forms[read[0]].value)
+        elif is_op(node, *MOVES) and node.inputs[0] is read[0] and len(read) == 1:
+            self._move(node, read[0])
+        elif is_op(node, "Add") and len(node.inputs) == 2:
+            yield self._add(node)
+        elif is_op(node, "Mul", "Div") and self._scale(node):
+            pass
+        else:
+            raise no_integer_form(node)
+
+    def _form(self, value: ir.Value, reader: str) -> Form:
+        """The integer form of ``value``; a float input of the graph is quantized here."""
+        if value in self._forms:
+            return self._forms[value]
+        wanted = list(self._wanted.get(value, {}))
+        if value.is_graph_input() and value.dtype == ir.DataType.FLOAT and wanted:
+            spec = wanted[0]
+            scale = self._emitter.constant(np.array(spec.scale, np.float32), "scale")
+            zero = self._emitter.constant(spec.zero_array, "zero_point")
+            node = self._emitter.standard("QuantizeLinear", [value, scale, zero])
+            self._forms[value] = Codes(node.outputs[0], spec)
+            return self._forms[value]
+        raise UnsupportedError(
+            "UNSUPPORTED-INTEGER-FORM",
+            f"`{reader}` reads `{value_name(value)}`, which has no integer form",
+            "leave out `integer-only`, or export the model without that input",
+        )
+
+    # Matches --------------------------------------------------------------------------------------
+
+    def _linear(self, linear: Linear) -> Done:
+        site = self._plan.sites[linear.name]
+        if site.weight is None or site.weight.block or linear.kind == "conv":
+            raise no_integer_form(linear.node)
+        spec = self._planned(linear)
+        form = self._form(linear.x, linear.name)
+        x = self._emitter.codes(form, spec)
+        array, in_axis, out_axis = weight_as_read(linear)
+        solved = self._rounded.get(site.site)
+        if solved is None:
+            weight = quantize_weight(array, site.weight, in_axis=in_axis, out_axis=out_axis)
+        else:
+            weight = take_rounded(solved, site.weight, in_axis=in_axis)
+        if weight.zero_point.any() or integer_format(site.weight.format).bits > 8:
+            raise PreconditionError(
+                "PASS-INTEGER-PLAN",
+                f"`integer-only`: the weight of `{linear.name}` is {site.weight.format}"
+                + (" with zero points" if weight.zero_point.any() else ""),
+                "plan symmetric weights of at most 8 bits",
+            )
+        codes = np.clip(weight.codes.astype(np.int64), -127, 127)
+        codes = codes.T if in_axis == 1 else codes
+        scale = np.broadcast_to(weight.scale.astype(np.float64), codes.shape[1]).copy()
+        bias = np.zeros(codes.shape[1]) if linear.b is None else linear.b.astype(np.float64)
+        codes, scale, offset = with_room_for_bias(codes, scale, bias, spec)
+        node = self._emitter.standard(
+            "MatMulInteger",
+            [x.value, self._emitter.constant(np.ascontiguousarray(codes, np.int8), "weight")],
+            dtype=ir.DataType.INT32,
+        )
+        self._forms[linear.output] = Acc(node.outputs[0], scale * spec.scale, offset)
+        return Done(linear.name, "MatMulInteger, uint8 by int8")
+
+    def _norm(self, norm: Norm) -> Done:
+        if norm.skip is not None:
+            raise no_integer_form(norm.root)
+        form = self._form(norm.x, norm.name)
+        wide = self._emitter.wide(form, self._amax(norm.x))
+        self._forms[norm.output] = self._functions.norm(norm, wide, self._amax(norm.output))
+        return Done(norm.name, "integer " + norm.kind)
+
+    def _activation(self, activation: Activation) -> Done:
+        form = self._form(activation.x, activation.name)
+        amax = self._amax(activation.x)
+        made = self._functions.activation(
+            activation, form, amax, self._output_spec(activation.output)
+        )
+        if made is None:
+            raise no_integer_form(activation.root, activation.kind)
+        self._forms[activation.output] = made
+        return Done(activation.name, f"integer {activation.kind}, degree {self._functions.degree}")
+
+    def _attention(self, attention: Attention) -> Done:
+        (_, q_spec), (_, k_spec), (_, v_spec) = self._attention_specs(attention)
+        mask = self._mask(attention)
+        self._emitter.at(attention.pv_matmul, attention.name)
+        q = self._emitter.codes(self._form(attention.q, attention.name), q_spec)
+        k = self._emitter.codes(self._form(attention.k, attention.name), k_spec)
+        v = self._emitter.codes(self._form(attention.v, attention.name), v_spec)
+        zero = self._emitter.constant(q_spec.zero_array, "zero_point")
+        scores = self._emitter.standard(
+            "MatMulInteger", [q.value, k.value, zero], dtype=ir.DataType.INT32
+        )
+        scale = q_spec.scale * k_spec.scale * scale_after(attention)
+        probabilities = self._functions.softmax(scores.outputs[0], mask, scale)
+        context = self._emitter.standard(
+            "MatMulInteger", [probabilities.value, v.value], dtype=ir.DataType.INT32
+        )
+        worth = np.array([probabilities.spec.scale * v_spec.scale])
+        self._forms[attention.context] = Acc(context.outputs[0], worth, np.zeros(1, np.int32))
+        return Done(attention.name, f"IntegerSoftmax, degree {self._functions.degree}")
+
+    def _mask(self, attention: Attention) -> ir.Value:
+        """The sum of all masks as an int32 addend; a zero where there is none."""
+        addends: list[ir.Value] = []
+        for node in attention.nodes[1:]:
+            if is_op(node, "Add") and node is not attention.pv_matmul:
+                other = [v for v in node.inputs if v in attention.addends]
+                addends += [self._masks.lower(v) for v in other]
+            elif is_op(node, "Where") and node.outputs[0] is not attention.probs:
+                scores_at = 1 if const_array(node.inputs[2]) is not None else 2
+                addends.append(self._masks.lower_condition(node, scores_at))
+        self._emitter.at(attention.pv_matmul, attention.name)
+        if not addends:
+            return self._emitter.constant(np.zeros(1, np.int32), "no_mask")
+        total = addends[0]
+        for addend in addends[1:]:
+            total = self._emitter.standard("Add", [total, addend]).outputs[0]
+        return total
+
+    # Other nodes ----------------------------------------------------------------------------------
+
+    def _move(self, node: ir.Node, value: ir.Value) -> None:
+        form = self._forms[value]
+        if isinstance(form, Acc):
+            # Per-column scales do not survive a move; the readers say what they want instead.
+            wanted = list(self._wanted.get(value, {}))
+            if len(wanted) == 1:
+                form = self._emitter.codes(form, wanted[0])
+            else:
+                form = self._emitter.wide(form, self._amax(value))
+        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+        inputs = [form.value, *node.inputs[1:]]
+        made = self._emitter.standard(
+            node.op_type, inputs, attributes, dtype=form.value.dtype, outputs=len(node.outputs)
+        )
+        for old, new in zip(node.outputs, made.outputs, strict=True):
+            if isinstance(form, Wide):
+                self._forms[old] = Wide(new, form.scale)
+            else:
+                assert isinstance(form, Codes)
+                self._forms[old] = Codes(new, form.spec)
+
+    def _add(self, node: ir.Node) -> Done:
+        first, second = node.inputs[0], node.inputs[1]
+        assert first is not None
+        assert second is not None
+        output = node.outputs[0]
+        amax = self._amax(output)
+        forms = [self._addend(v, node) for v in (first, second)]
+        sum_is_second = not isinstance(forms[0], Acc) and isinstance(forms[1], Acc)
+        if sum_is_second or (_repeats(first) and not _repeats(second)):
+            forms.reverse()
+            first, second = second, first
+        left, right = forms
+        wide = self._emitter.wide(right, self._amax(second))
+        self._forms[output] = self._functions.add(left, wide, amax)
+        return Done(node_label(node), "IntegerAdd")
+
+    def _addend(self, value: ir.Value, node: ir.Node) -> Form:
+        array = const_array(value)
+        if array is None:
+            return self._form(value, node_label(node))
+        wide = np.asarray(array, np.float64)
+        scale = max(float(np.abs(wide).max(initial=0.0)), 1e-6) / 32767
+        codes = np.rint(wide / scale).astype(np.int16)
+        return Wide(self._emitter.constant(codes, "addend"), scale)
+
+    def _scale(self, node: ir.Node) -> bool:
+        """A product with constants, one a column, changes only what a step is worth."""
+        for at in (0, 1) if is_op(node, "Mul") else (0,):
+            factor, value = const_array(node.inputs[1 - at]), node.inputs[at]
+            if factor is None or value is None or value not in self._forms:
+                continue
+            columns = np.asarray(factor, np.float64)
+            if columns.ndim > 1 and columns.shape[-1] != columns.size:
+                return False
+            columns = columns.reshape(-1)
+            if is_op(node, "Div"):
+                columns = 1 / columns
+            form = scaled(self._forms[value], columns)
+            if form is None:
+                return False
+            self._forms[node.outputs[0]] = form
+            return True
+        return False
+
+    def _dequantize(self, output: ir.Value) -> None:
+        """From integers to the float output, the only float of the graph."""
+        writer = output.producer()
+        assert writer is not None
+        self._emitter.at(writer, value_name(output))
+        form = self._forms[output]
+        value, zero = form.value, None
+        if isinstance(form, Codes):
+            scale = np.array(form.spec.scale, np.float32)
+            zero = self._emitter.constant(form.spec.zero_array, "zero_point")
+        elif isinstance(form, Wide):
+            scale = np.array(form.scale, np.float32)
+            to = {"to": int(ir.DataType.INT32)}
+            value = self._emitter.standard("Cast", [value], to).outputs[0]
+        else:
+            scale = form.scale.astype(np.float32)
+            scale = scale.reshape(()) if scale.size == 1 else scale
+            if form.value.dtype != ir.DataType.INT32:
+                to = {"to": int(ir.DataType.INT32)}
+                value = self._emitter.standard("Cast", [value], to).outputs[0]
+            if form.bias.any():
+                bias = self._emitter.constant(form.bias, "bias")
+                value = self._emitter.standard("Add", [value, bias]).outputs[0]
+        inputs = [value, self._emitter.constant(scale, "scale"), *([] if zero is None else [zero])]
+        attributes = {"axis": -1} if scale.ndim else {}
+        node = self._emitter.standard("DequantizeLinear", inputs, attributes)
+        node.outputs[0].type, node.outputs[0].shape = output.type, output.shape
+        replace_value(output, node.outputs[0])
+
+    # Ranges ---------------------------------------------------------------------------------------
+
+    def _amax(self, value: ir.Value) -> float:
+        if value in self._forms and isinstance(self._forms[value], Wide):
+            return 0.0  # it is wide already, its range is known
+        lo, hi = self._range_of(value_name(value), True)
+        return max(-lo, hi)
+
+    def _output_spec(self, output: ir.Value) -> Spec | float:
+        """How the readers of an activation want it; its largest magnitude if they differ."""
+        wanted = list(self._wanted.get(output, {}))
+        return wanted[0] if len(wanted) == 1 else self._amax(output)
+
+
+def source_of(value: ir.Value) -> ir.Value:
+    """What ``value`` was moved from."""
+    node = value.producer()
+    while node is not None and is_op(node, *MOVES) and node.inputs[0] is not None:
+        value = node.inputs[0]
+        node = value.producer()
+    return value
+
+
+def scaled(form: Form, factor: np.ndarray) -> Form | None:
+    """``form`` with steps worth ``factor`` times as much; a number, or one for each column."""
+    if not (np.isfinite(factor).all() and (factor != 0).all()):
+        return None
+    if factor.size == 1 and factor[0] > 0:
+        number = float(factor[0])
+        if isinstance(form, Wide):
+            return Wide(form.value, form.scale * number)
+        if isinstance(form, Codes):
+            spec = form.spec
+            return Codes(form.value, Spec(spec.scale * number, spec.zero, spec.signed))
+    if isinstance(form, Acc):
+        return Acc(form.value, form.scale * factor, form.bias)
+    if isinstance(form, Wide):
+        return Acc(form.value, form.scale * factor, np.zeros(1, np.int32))
+    return None
+
+
+def scale_after(attention: Attention) -> float:
+    """The factor between the product of q and k and the softmax."""
+    factor = 1.0
+    for node in attention.nodes[1:-1]:
+        if node is attention.softmax:
+            break
+        if is_op(node, "Mul", "Div"):
+            numbers = [c for c in map(const_scalar, node.inputs) if c is not None]
+            if len(numbers) != 1 or numbers[0] <= 0:
+                raise no_integer_form(node)
+            factor = factor * numbers[0] if is_op(node, "Mul") else factor / numbers[0]
+        elif not is_op(node, "Add", "Where", "Cast", "Identity", "Dropout"):
+            raise no_integer_form(node)
+    return factor
+
+
+def with_room_for_bias(
+    codes: np.ndarray, scale: np.ndarray, bias: np.ndarray, spec: Spec
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The bias at the scale of the products, the input's zero point taken off.
+
+    A column of tiny weights has so fine a scale that its bias would not fit into 32 bits; its codes
+    are made coarser.
+
+    Args:
+        codes: ``[K, N]`` int64.
+        scale: ``[N]`` of the columns.
+        bias: ``[N]``.
+        spec: of the input.
+
+    Returns:
+        codes, scale and the bias ``[N]`` int32.
+    """
+    least = np.abs(bias) / (spec.scale * MAX_BIAS)
+    coarser = np.maximum(scale, least)
+    moved = coarser > scale
+    if moved.any():
+        codes = codes.copy()
+        codes[:, moved] = np.rint(codes[:, moved] * (scale / coarser)[moved]).astype(np.int64)
+    offset = np.rint(bias / (coarser * spec.scale)).astype(np.int64) - spec.zero * codes.sum(axis=0)
+    return codes, coarser, offset.astype(np.int32)
+
+
+def no_integer_form(node: ir.Node, kind: str = "") -> UnsupportedError:
+    """The refusal of a node that integers cannot do."""
+    what = f"{node.op_type} ({kind})" if kind else node.op_type
+    return UnsupportedError(
+        "UNSUPPORTED-INTEGER-FORM",
+        f"`integer-only`: {what} `{node_label(node)}` has no integer form",
+        "quantize with `qdq`, which leaves such operators in float",
+    )
+
+
+def _table(embedding: Embedding) -> np.ndarray:
+    array = const_array(embedding.table)
+    assert array is not None
+    return np.asarray(array, np.float32)
+
+
+def _repeats(value: ir.Value) -> bool:
+    """Whether the rows of ``value`` are the same for every sample: a table of positions."""
+    node = value.producer()
+    if node is None:
+        return True
+    return is_op(node, "Gather") and node.inputs[1] is not None and not _is_fed(node.inputs[1])
+
+
+def _is_fed(value: ir.Value) -> bool:
+    node = value.producer()
+    return value.is_graph_input() or (node is not None and is_op(node, "Cast"))
