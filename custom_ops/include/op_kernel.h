@@ -12,6 +12,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <exception>
@@ -206,8 +207,18 @@ inline ort::OrtStatus* GetInputShape(const Api& api, const ort::OrtShapeInferCon
   return nullptr;
 }
 
+// An unknown extent without a name would be taken for the number -1, and refused where a Reshape
+// reads it: it gets a name of its own.
+inline std::string FreshSymbol() {
+  static std::atomic<uint64_t> count{0};
+  return "onnxq_unknown_" + std::to_string(count++);
+}
+
 inline ort::OrtStatus* SetOutputShape(const Api& api, const ort::OrtShapeInferContext* context,
-                                      size_t index, ElementType type, const SymbolicShape& shape) {
+                                      size_t index, ElementType type, SymbolicShape shape) {
+  for (size_t i = 0; i < shape.dims.size(); ++i) {
+    if (shape.dims[i] < 0 && shape.names[i].empty()) shape.names[i] = FreshSymbol();
+  }
   ort::OrtTensorTypeAndShapeInfo* raw = nullptr;
   ONNXQ_RETURN_IF_ERROR(api.CreateTensorTypeAndShapeInfo(&raw));
   const ShapeInfo info(raw, ReleaseShapeInfo{&api});
