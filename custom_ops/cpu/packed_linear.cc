@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kLayout = 1;
 constexpr int64_t kMinGroup = 16;
+constexpr int64_t kMaxExtent = int64_t{1} << 30;  // no product of extents overflows
 constexpr int64_t kMaxIntegerGroup = 65536;  // 127 * 255 * 65536 < 2^31
 
 // A task costs more than it does below this: bytes of weights for few rows, elements to quantize.
@@ -74,13 +75,15 @@ ort::OrtStatus* ReadAttributes(const Api& api, const ort::OrtKernelInfo* info, c
   if (!KindOf(a->bits, &kind))
     return refuse("codes of " + std::to_string(a->bits) +
                   " bits; there are kernels for 1, 2, 3, 4, 6 and 8");
-  if (a->k < 1 || a->n < 1) return refuse("K and N must be at least 1");
+  if (a->k < 1 || a->n < 1 || a->k > kMaxExtent || a->n > kMaxExtent)
+    return refuse("K and N must be from 1 to 2^30");
   if (a->group < kMinGroup && a->group < a->k)
     return refuse("groups of " + std::to_string(a->group) + "; the least is 16, or all of K");
   if (a->group % 4 != 0 && a->group < a->k) return refuse("the group is not a multiple of 4");
   if (a->int8_activations && std::min(a->group, a->k) > kMaxIntegerGroup)
     return refuse("groups above 65536 overflow integer sums");
   if (!std::isfinite(a->factor)) return refuse("the factor is not finite");
+  a->group = std::min(a->group, a->k);
   return nullptr;
 }
 

@@ -173,7 +173,8 @@ def test_float16_scales_may_be_tiny() -> None:
         ({"group": 64}, r"scales has shape \[2, 4, 32\], not \[2, 2, 32\]"),
         ({"K": 124}, r"codes has shape \[2, 32, 64\], not \[2, 31, 64\]"),
         ({"N": 31}, r"codes has shape \[2, 32, 64\], not \[1, 32, 64\]"),
-        ({"K": -1}, "K and N must be at least 1"),
+        ({"K": -1}, "K and N must be from 1 to 2"),
+        ({"N": 2**62}, "K and N must be from 1 to 2"),
         ({"exponent_scales": 1}, "as exponents"),
         ({"factor": float("nan")}, "factor is not finite"),
     ],
@@ -250,3 +251,21 @@ def test_body_attaches_what_it_is_written_with() -> None:
     functions = onnx.load_from_string(model_of(OP, case_of("int4", 1, 32, 32, 32))).functions
     assert [function.name for function in functions] == ["DynamicQuantizePerToken", OP]
     assert custom_ops.get(OP).min_opset == 21
+
+
+@pytest.mark.parametrize("name", ["codes", "scales", "levels"])
+def test_a_missing_constant_is_refused(name: str, library: Library) -> None:
+    model = onnx.load_from_string(model_of(OP, case_of("int4", 2, 64, 128, 32)))
+    node = model.graph.node[0]
+    node.input[list(node.input).index(name)] = ""
+    with pytest.raises(DataError, match=rf"{OP}[\s\S]*empty string"):
+        session(model.SerializeToString(), threads=1, library=library.path)
+
+
+@pytest.mark.parametrize("dtype", [onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE])
+def test_activations_without_a_kernel_are_refused(dtype: int, library: Library) -> None:
+    model = onnx.load_from_string(model_of(OP, case_of("int4", 2, 64, 128, 32)))
+    for value in (model.graph.input[0], model.graph.output[0]):
+        value.type.tensor_type.elem_type = dtype
+    with pytest.raises(DataError, match=OP):
+        session(model.SerializeToString(), threads=1, library=library.path)

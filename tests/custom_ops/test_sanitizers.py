@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 def test_random_inputs(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONNXQ_ISA", "")  # restored afterwards; the rounds set it
-    assert fuzz_kernels.main(str(library.path), 40) == 0
+    assert fuzz_kernels.main(str(library.path), 60) == 0
 
 
 @pytest.mark.slow
@@ -42,7 +42,7 @@ def test_random_inputs_under_sanitizers(tmp_path: Path) -> None:
     ]
     library = build / "custom_ops" / "libonnxq_ops_cpu.so"
     child = subprocess.run(
-        [sys.executable, "-m", "tests.custom_ops.fuzz_kernels", library, "1000"],
+        [sys.executable, "-m", "tests.custom_ops.fuzz_kernels", library, "5000"],
         cwd=REPOSITORY,
         # Python and ONNX Runtime keep memory until the end; leaks are not what is looked for.
         env={**os.environ, "LD_PRELOAD": ":".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0"},
@@ -51,4 +51,4 @@ def test_random_inputs_under_sanitizers(tmp_path: Path) -> None:
         check=False,
     )
     assert child.returncode == 0, child.stderr[-4000:]
-    assert "1000 rounds" in child.stdout
+    assert "5000 rounds" in child.stdout
