@@ -42,6 +42,7 @@ def session(
     threads: int | None = None,
     optimize: bool = True,
     library: str | os.PathLike[str] | bool | None = None,
+    optimized: str | os.PathLike[str] | None = None,
 ) -> onnxruntime.InferenceSession:
     """An ``onnxruntime.InferenceSession`` in which our operators run as compiled kernels.
 
@@ -59,6 +60,8 @@ def session(
         optimize: whether ONNX Runtime may rewrite the graph.
         library: None registers the package's own library where it fits, True insists on it, False
             uses the bodies, and a path names another onnxq operator library.
+        optimized: also write the graph as ONNX Runtime runs it to this file, its weights in
+            another beside it.
 
     Raises:
         DataError: ``DATA-FILE-MISSING``, ``DATA-LIBRARY-MISSING``; ``DATA-ORT-REFUSED`` with ONNX
@@ -78,6 +81,13 @@ def session(
             options.inter_op_num_threads = 1
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if optimized is not None:
+            options.log_severity_level = 3  # it warns that the file is for this machine
+            options.optimized_model_filepath = str(optimized)
+            options.add_session_config_entry(
+                "session.optimized_model_external_initializers_file_name",
+                Path(optimized).name + ".data",
+            )
         return options
 
     path = _library_path(library, on_cuda=_CUDA in wanted)

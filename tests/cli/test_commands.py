@@ -118,6 +118,12 @@ def test_doctor(cli: Any) -> None:
     assert ort.__version__ in cli("doctor").stdout
 
 
+def test_doctor_of_a_model(cli: Any, mlp: Path) -> None:
+    (record,) = _records(cli("doctor", mlp, "--json"))
+    assert {node["by"] for node in record["nodes"]} == {"onnxruntime"}
+    assert record["nodes"][0]["op"] in cli("doctor", mlp).stdout
+
+
 def test_passes_lists_and_explains(cli: Any) -> None:
     records = _records(cli("passes", "--json"))
     names = [r["name"] for r in records]
