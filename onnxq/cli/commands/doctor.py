@@ -47,7 +47,8 @@ def _print_kernels(kernels: ModelKernels) -> None:
     from onnxq.cli import console
 
     rows = [(str(n), *key) for key, n in kernels.counts().items()]
-    columns = (("nodes", "right"), ("operator", "left"), ("kernel", "left"), ("detail", "left"))
+    columns: list[tuple[str, console.Justify]] = [("nodes", "right")]
+    columns += [(name, "left") for name in ("operator", "kernel", "detail")]
     click.echo()
     console.stdout().print(console.table(columns, rows))
     if kernels.why_bodies is not None and any(node.by == "body" for node in kernels.nodes):
