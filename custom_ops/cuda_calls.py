@@ -9,11 +9,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping
 from enum import IntEnum
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+
+from onnxq.errors import InternalError
 
 Array = npt.NDArray[Any]
 
@@ -113,3 +116,93 @@ class Plan(ctypes.Structure):
         ("shared_bytes", ctypes.c_int64),
         ("scratch_bytes", ctypes.c_int64),
     )
+
+
+class CudaKernels:
+    """The launch functions of a CUDA library. Pointers are to device memory, unless they say so.
+
+    Launches return at once; they may be captured in a CUDA graph.
+
+    Args:
+        path: of ``libonnxq_ops_cuda.so``.
+
+    Raises:
+        InternalError: ``INTERNAL-CUDA``, here and in every method: what CUDA answered.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._handle = ctypes.CDLL(str(path))
+        self._handle.onnxq_cuda_error_text.restype = ctypes.c_char_p
+        self._check(self._handle.onnxq_cuda_prepare())
+
+    def classify(
+        self, levels: Array, *, bits: int, zero_points: bool
+    ) -> tuple[WeightKind, int, float]:
+        """Kind, lowest level and unit of a table of levels in numpy, free of NaN codes."""
+        table = np.ascontiguousarray(levels, np.float32)
+        offset, unit = ctypes.c_int(), ctypes.c_float()
+        kind = self._handle.onnxq_cuda_classify(
+            ctypes.c_void_p(table.ctypes.data),
+            bits,
+            int(zero_points),
+            0,
+            ctypes.byref(offset),
+            ctypes.byref(unit),
+        )
+        return WeightKind(kind), offset.value, unit.value
+
+    def plan(self, args: QuantMatMulArgs, kind: WeightKind, element: ElementType) -> Plan:
+        """How to run a product on the present device."""
+        made = Plan()
+        self._check(
+            self._handle.onnxq_cuda_plan(
+                ctypes.byref(args), int(kind), int(element), ctypes.byref(made)
+            )
+        )
+        return made
+
+    def quant_mat_mul(
+        self,
+        args: QuantMatMulArgs,
+        kind: WeightKind,
+        element: ElementType,
+        unit: float,
+        plan: Plan,
+        scratch: int,
+        stream: int,
+    ) -> None:
+        """Run a plan; ``scratch`` holds ``plan.scratch_bytes``."""
+        self._check(
+            self._handle.onnxq_cuda_quant_mat_mul(
+                ctypes.byref(args),
+                int(kind),
+                int(element),
+                ctypes.c_float(unit),
+                ctypes.byref(plan),
+                ctypes.c_void_p(scratch),
+                ctypes.c_void_p(stream),
+            )
+        )
+
+    def per_token(
+        self, args: PerTokenArgs, rows: int, element: ElementType, *, floats: bool, stream: int
+    ) -> None:
+        """Quantize rows; to integers in the type of x with ``floats``."""
+        self._check(
+            self._handle.onnxq_cuda_per_token(
+                ctypes.byref(args), rows, int(element), int(floats), ctypes.c_void_p(stream)
+            )
+        )
+
+    def hadamard(self, args: HadamardArgs, element: ElementType, *, stream: int) -> None:
+        """Transform blocks, and quantize them as rows where ``args.scales`` is given."""
+        self._check(
+            self._handle.onnxq_cuda_hadamard(
+                ctypes.byref(args), int(element), ctypes.c_void_p(stream)
+            )
+        )
+
+    def _check(self, code: int) -> None:
+        if code != 0:
+            text = self._handle.onnxq_cuda_error_text(code).decode()
+            raise InternalError("INTERNAL-CUDA", f"{text} (code {code})")

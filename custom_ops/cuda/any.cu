@@ -102,6 +102,14 @@ ONNXQ_CUDA_EXPORT int onnxq_cuda_runtime_version() {
   return cudaRuntimeGetVersion(&version) == cudaSuccess ? version : 0;
 }
 
+ONNXQ_CUDA_EXPORT int onnxq_cuda_classify(const float* levels, int bits, int zero_points,
+                                          int nan_codes, int* offset, float* unit) {
+  const WeightFormat format = ClassifyLevels(levels, bits, zero_points != 0, nan_codes != 0);
+  *offset = format.offset;
+  *unit = format.unit;
+  return static_cast<int>(format.kind);
+}
+
 ONNXQ_CUDA_EXPORT int onnxq_cuda_plan(const QuantMatMulArgs* args, int kind, int element,
                                       Plan* plan) {
   int device = 0;

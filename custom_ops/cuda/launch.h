@@ -36,6 +36,10 @@ int onnxq_cuda_prepare();
 // CUDA that the library was built with: 1000 · major + 10 · minor.
 int onnxq_cuda_runtime_version();
 
+// The WeightKind of levels (host memory), their offset and unit; see ClassifyLevels.
+int onnxq_cuda_classify(const float* levels, int bits, int zero_points, int nan_codes, int* offset,
+                        float* unit);
+
 // How to run a product on the present device; element is an Element, kind a WeightKind.
 int onnxq_cuda_plan(const onnxq::cuda::QuantMatMulArgs* args, int kind, int element,
                     onnxq::cuda::Plan* plan);

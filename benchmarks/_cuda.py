@@ -1,0 +1,200 @@
+"""Our CUDA kernels on tensors of PyTorch, for the benchmark and for the tests on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from onnxq.custom_ops.cuda_calls import (
+    CudaKernels,
+    ElementType,
+    HadamardArgs,
+    PerTokenArgs,
+    QuantMatMulArgs,
+    Route,
+    WeightKind,
+    scale_type,
+)
+from onnxq.custom_ops.packed_weight import PackedWeight
+from onnxq.runtime.cuda import device_problem
+from onnxq.runtime.library import CUDA, shipped_path
+
+Array = np.ndarray[Any, Any]
+
+TENSOR_CORE_BUDGET = 2.0**-20
+"""Of float32 sums relative to the sum of magnitudes; see docs/cuda.md."""
+HALF_STEP = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+
+
+def missing() -> str | None:
+    """Why nothing can be run on a device here, or None."""
+    problem = device_problem()
+    if problem is not None:
+        return problem
+    if library_path() is None:
+        return "the CUDA kernels were not built: make cuda"
+    try:
+        import torch
+    except ImportError:
+        return "PyTorch is not installed"
+    return None if torch.cuda.is_available() else "PyTorch sees no GPU"
+
+
+def library_path() -> Path | None:
+    """The CUDA library of the package, or the one that the tests built."""
+    built = Path(__file__).parents[1] / "build/cuda/custom_ops/cuda" / CUDA.file_name
+    return shipped_path(kind=CUDA) or (built if built.is_file() else None)
+
+
+def element_of(tensor: Any) -> ElementType:
+    """The kernels' name of a tensor's type."""
+    return ElementType[str(tensor.dtype).removeprefix("torch.").upper()]
+
+
+def to_device(array: Array) -> Any:
+    """An array on the GPU; types that PyTorch lacks as bytes."""
+    import torch
+
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).cuda().view(torch.bfloat16)
+    if array.dtype == ml_dtypes.float8_e4m3fn:
+        array = array.view(np.uint8)
+    return torch.from_numpy(np.ascontiguousarray(array)).cuda()
+
+
+class Device:
+    """The kernels, on PyTorch's present stream."""
+
+    def __init__(self) -> None:
+        path = library_path()
+        assert path is not None
+        self.kernels = CudaKernels(path)
+
+    @staticmethod
+    def stream() -> int:
+        """PyTorch's present stream, as an address."""
+        import torch
+
+        return int(torch.cuda.current_stream().cuda_stream)
+
+    def product(
+        self, x: Any, weight: Weight, *, route: Route | None = None, row_scale: Any = None
+    ) -> tuple[Callable[[], None], Any]:
+        """What runs a product once, and where it writes ``[M, N]``; poisoned with NaN."""
+        import torch
+
+        y = torch.full((x.shape[0], weight.n), float("nan"), dtype=x.dtype, device="cuda")
+        element = element_of(x)
+        plain = element == ElementType.FLOAT32
+        args = weight.arguments(x, y, row_scale)
+        kind = WeightKind.ANY if plain or route == Route.ANY else weight.kind
+        plan = self.kernels.plan(args, kind, element)
+        scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8, device="cuda")
+
+        def run() -> None:
+            self.kernels.quant_mat_mul(
+                args, kind, element, weight.unit, plan, scratch.data_ptr(), self.stream()
+            )
+
+        return run, y
+
+    def per_token(self, x: Any) -> tuple[Callable[[], None], Any, Any]:
+        """What quantizes ``[rows, K]``, the integers and the scales."""
+        import torch
+
+        q = torch.full(x.shape, -128, dtype=torch.int8, device="cuda")
+        scale = torch.full((x.shape[0],), float("nan"), device="cuda")
+        args = PerTokenArgs(x.data_ptr(), q.data_ptr(), scale.data_ptr(), x.shape[1])
+
+        def run() -> None:
+            self.kernels.per_token(
+                args, x.shape[0], element_of(x), floats=False, stream=self.stream()
+            )
+
+        return run, q, scale
+
+    def hadamard(
+        self, x: Any, core: Any, block: int, scale: float, *, quantize: bool = False
+    ) -> tuple[Callable[[], None], Any, Any]:
+        """What transforms ``[rows, K]``, the result and, where rows are quantized, their scales."""
+        import torch
+
+        y = torch.full_like(x, float("nan"))
+        if quantize:
+            y = torch.full(x.shape, -128, dtype=torch.int8, device="cuda")
+        scales = torch.full((x.shape[0],), float("nan"), device="cuda")
+        # As HadamardPiece of hadamard.h: rows where they are quantized, else about 4096 columns.
+        piece = x.shape[1] if quantize else block * max(1, 4096 // block)
+        args = HadamardArgs(
+            *(x.data_ptr(), core.data_ptr(), y.data_ptr(), scales.data_ptr() if quantize else None),
+            *(x.numel(), block, core.shape[0], piece, scale),
+        )
+
+        def run() -> None:
+            self.kernels.hadamard(args, element_of(x), stream=self.stream())
+
+        return run, y, scales
+
+
+class Weight:
+    """A packed weight on the GPU."""
+
+    def __init__(self, device: Device, packed: PackedWeight) -> None:
+        self.packed = packed
+        a = packed.attributes
+        self.n, self.k = int(a["N"]), int(a["K"])
+        self.zeros = packed.inputs["zero_points"].shape != (1, 1, 1)
+        self.tensors = {name: to_device(array) for name, array in packed.inputs.items()}
+        self.kind, self.offset, self.unit = device.kernels.classify(
+            packed.inputs["levels"], bits=int(a["bits"]), zero_points=self.zeros
+        )
+        self.has_bias = bool(packed.inputs["bias"].any())
+
+    @property
+    def stored_bytes(self) -> int:
+        """Codes, scales and zero points."""
+        names = ("codes", "scales", "zero_points")
+        return sum(self.packed.inputs[name].nbytes for name in names)
+
+    def copy(self) -> Weight:
+        """The same numbers elsewhere in memory, so that a benchmark reads them anew."""
+        other: Weight = object.__new__(Weight)
+        other.__dict__.update(self.__dict__)
+        other.tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
+        return other
+
+    def arguments(self, x: Any, y: Any, row_scale: Any) -> QuantMatMulArgs:
+        """The kernels' arguments for ``y = x @ W.T``."""
+        a, at = self.packed.attributes, {k: t.data_ptr() for k, t in self.tensors.items()}
+        group = int(a["group"])
+        return QuantMatMulArgs(
+            *(x.data_ptr(), at["codes"], at["scales"], at["zero_points"] if self.zeros else None),
+            *(at["levels"], at["bias"] if self.has_bias else None),
+            *(None if row_scale is None else row_scale.data_ptr(), y.data_ptr(), None),
+            *(x.shape[0], self.n, self.k, group, -(-self.k // group), 1, self.offset),
+            *(int(a["bits"]), int(len(self.packed.inputs["bias"]) == self.n)),
+            *(scale_type(self.packed.inputs["scales"].dtype), a["factor"]),
+        )
+
+
+def product_error(y: Any, x: Any, matrix: Any, bias: Any, *, expanded: bool) -> float:
+    """The largest error as a share of the budget; ``matrix`` is W ``[N, K]`` in float64.
+
+    NaN counts as infinite.
+    """
+    import torch
+
+    rows = x.double()
+    exact = rows @ matrix.T + bias
+    size = rows.abs() @ matrix.abs().T + bias.abs()
+    step = HALF_STEP[str(x.dtype).removeprefix("torch.")]
+    budget = TENSOR_CORE_BUDGET * (4 + matrix.shape[1] ** 0.5) * size
+    budget += step * 1.01 * exact.abs() + 2.0**-25
+    if expanded:
+        budget += step * 1.01 * size
+    share = ((y.double() - exact).abs() / budget).max()
+    return float(torch.nan_to_num(share, nan=float("inf")))

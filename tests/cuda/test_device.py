@@ -1,0 +1,183 @@
+"""The kernels on a device, with fresh random inputs, against float64. Needs a GPU and PyTorch.
+
+One command runs it: ``make cuda && pytest tests/cuda/test_device.py``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks._cuda import Device, Weight, missing, product_error, to_device
+from onnxq import custom_ops
+from onnxq.custom_ops.cuda_calls import Route
+from onnxq.custom_ops.packed_weight import PackedWeight
+from onnxq.solvers.hadamard import hadamard_matrix
+from tests.cuda.emulation import exact
+from tests.custom_ops.cases import quantized_weight
+
+PROBLEM = missing()
+pytestmark = pytest.mark.skipif(PROBLEM is not None, reason=f"no device: {PROBLEM}")
+
+KINDS = ("int4", "uint4", "int8", "mxfp4", "nvfp4", "fp8", "mxfp8e4m3", "nf4", "int3", "binary")
+DTYPES = ("float16", "bfloat16", "float32")
+# Rows by route: GEMV, tiles of each height, several blocks of them, expansion; and odd shapes.
+PRODUCTS = (
+    *itertools.product((1, 5, 8, 9, 17, 40, 100, 300), ((1024, 512, 128), (2080, 264, 32))),
+    (3, (37, 33, 37)),
+    (70, (130, 65, 20)),
+    (2, (64, 1, 16)),
+)
+
+
+@pytest.fixture(scope="module")
+def device() -> Device:
+    return Device()
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Not seeded: the kernels compute the same function on any input."""
+    return np.random.default_rng()
+
+
+def activations(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> Any:
+    import torch
+
+    x = torch.from_numpy(rng.normal(size=shape).astype(np.float32)).cuda()
+    return x.to(getattr(torch, dtype))
+
+
+def matrix_of(packed: PackedWeight) -> tuple[Any, Any]:
+    """W ``[N, K]`` and the bias in float64, on the device."""
+    eye = np.eye(int(packed.attributes["K"]), dtype=np.float32)
+    bias = packed.inputs["bias"].astype(np.float64)
+    product, _ = exact(eye, packed)
+    return to_device(np.ascontiguousarray((product - bias).T)), to_device(bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_products(device: Device, rng: np.random.Generator, kind: str, dtype: str) -> None:
+    import torch
+
+    for m, (k, n, group) in PRODUCTS:
+        packed = quantized_weight(kind, n, k, group, int8_activations=False, rng=rng)
+        weight = Weight(device, packed)
+        x = activations(rng, (m, k), dtype)
+        run, y = device.product(x, weight)
+        run()
+        torch.cuda.synchronize()
+        error = product_error(y, x, *matrix_of(packed), expanded=m > 128)
+        assert error <= 1, (m, k, n, group, error)
+
+
+def test_products_replay_from_a_graph_with_equal_bits(
+    device: Device, rng: np.random.Generator
+) -> None:
+    import torch
+
+    packed = quantized_weight("uint4", 512, 2048, 128, int8_activations=False, rng=rng)
+    weight = Weight(device, packed)
+    for m in (1, 33, 200):
+        x = activations(rng, (m, 2048), "float16")
+        run, y = device.product(x, weight)
+        run()
+        torch.cuda.synchronize()
+        first = y.clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        for _ in range(20):
+            y.fill_(float("nan"))
+            graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(y, first), m  # a difference between runs is a race
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_per_token_gives_the_cpu_s_bits(
+    device: Device, rng: np.random.Generator, dtype: str
+) -> None:
+    import torch
+
+    reference = custom_ops.get("DynamicQuantizePerToken").reference
+    for rows, k in ((1, 1), (7, 129), (64, 4096), (3, 11008)):
+        x = activations(rng, (rows, k), dtype)
+        x[0, 0] = float("nan")
+        run, q, scale = device.per_token(x)
+        run()
+        torch.cuda.synchronize()
+        expected_q, expected_scale = reference(x.float().cpu().numpy())
+        assert np.array_equal(q.cpu().numpy(), expected_q)
+        assert np.array_equal(scale.cpu().numpy(), expected_scale[:, 0], equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_hadamard_gives_the_cpu_s_bits(
+    device: Device, rng: np.random.Generator, dtype: str
+) -> None:
+    import torch
+
+    reference = custom_ops.get("Hadamard").reference
+    for k, block, c in (
+        *((64, 16, 1), (4096, 128, 1), (8192, 8192, 1), (1536, 1536, 12)),
+        *((112, 56, 28), (32768, 32768, 1)),
+    ):
+        x = activations(rng, (5, k), dtype)
+        core = hadamard_matrix(c).astype(np.float32)
+        scale = float(np.float32(1 / np.sqrt(block)))
+        run, y, _ = device.hadamard(x, to_device(core), block, scale)
+        run()
+        torch.cuda.synchronize()
+        (expected,) = reference(x.float().cpu().numpy(), core, block=block, scale=scale)
+        rounded = torch.from_numpy(expected).to(x.dtype)
+        assert torch.equal(y.cpu(), rounded), (k, block, c)
+        run, q, scales = device.hadamard(x, to_device(core), block, scale, quantize=True)
+        run()
+        composed, expected_q, expected_scales = device.per_token(rounded.cuda())
+        composed()
+        torch.cuda.synchronize()
+        assert torch.equal(q, expected_q)
+        assert torch.equal(scales, expected_scales)
+
+
+def test_routes_agree(device: Device, rng: np.random.Generator) -> None:
+    """The plain kernel and the one of the tensor cores, on the same input."""
+    import torch
+
+    packed = quantized_weight("mxfp4", 96, 512, 32, int8_activations=False, rng=rng)
+    weight = Weight(device, packed)
+    x = activations(rng, (4, 512), "float16")
+    results = []
+    for route in (None, Route.ANY):
+        run, y = device.product(x, weight, route=route)
+        run()
+        results.append(y)
+    torch.cuda.synchronize()
+    assert torch.allclose(results[0].float(), results[1].float(), rtol=2e-3, atol=1e-3)
+
+
+def test_operators_in_onnxruntime(rng: np.random.Generator) -> None:
+    """The library in a CUDA session, against the bodies on the CPU."""
+    from onnxq.runtime import available_providers, session
+    from tests.custom_ops.cases import CASES, model_of
+
+    if "CUDAExecutionProvider" not in available_providers():
+        pytest.skip("this onnxruntime has no CUDA")
+    for op in ("QuantMatMul", "DynamicQuantizePerToken", "Hadamard"):
+        for dtype in ("float32", "float16"):
+            for case in CASES[op](dtype):
+                model = model_of(op, case)
+                made = session(model, ["cuda", "cpu"], library=True)
+                expected = case.reference(op)
+                for got, wanted in zip(made.run(None, case.inputs), expected, strict=True):
+                    with np.errstate(invalid="ignore"):
+                        close = np.isclose(
+                            got.astype(np.float64), wanted.astype(np.float64),
+                            rtol=2e-3, atol=2e-3, equal_nan=True,
+                        )  # fmt: skip
+                    assert close.all(), (op, dtype, case.name)
