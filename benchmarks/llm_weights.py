@@ -3,20 +3,22 @@
     python benchmarks/llm_weights.py                     the table
     python benchmarks/llm_weights.py --json              one object a line
     python benchmarks/llm_weights.py --only gptq-asym-g32 ort-rtn-asym-g32
+    python benchmarks/llm_weights.py --cache FOLDER      keep rows; go on where it ended
     python benchmarks/llm_weights.py --quick             stories260K: does it run at all?
 
 SmolLM2-135M-Instruct, whose weights were 4-bit before (GGUF Q4_1, blocks of 32), so INT4 looks
 better on it than on a float model. Therefore the gains of its RMSNorms are folded into the weights
 that follow (same function, the old grid gone); ``--original`` leaves them. All start from that
 graph; the embedding and the output layer stay float, so that bits are those of the 210 layers.
-Calibration: 16 windows of 512 tokens of wiki.valid. Evaluation: perplexity on windows of 512 of the
-given half of wiki.test, no BOS; KL divergence from fp32 in nats, over every eighth token. Cost: a
-process of its own, imports and loading included.
+Calibration: 16 windows of 512 tokens of wiki.valid, or as many as the row's name says. Evaluation:
+perplexity on windows of 512 of the given half of wiki.test, no BOS; KL divergence from fp32 in
+nats, over every eighth token. Cost: a process of its own, imports and loading included.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from argparse import Namespace
 from collections.abc import Iterator
@@ -41,6 +43,7 @@ class Configuration:
     solver: str = ""
     ort: dict[str, Any] | None = None
     peers: tuple[str, ...] = ()
+    calibration: int = CALIBRATION
 
     @property
     def passes(self) -> str:
@@ -74,8 +77,16 @@ def configurations() -> Iterator[Configuration]:
                 yield Configuration(
                     f"{name}-{kind}", f"onnxq {label}, {kind}", plan, solver, peers=peers
                 )
-    yield Configuration("ort-hqq-g32", "ORT HQQ, g32", ort={"block": 32, "method": "hqq"})
     plan = integers(4, 32, symmetric=False)
+    yield Configuration(
+        "seq-gptaq-asym-g32-c64",
+        "onnxq sequential GPTAQ, asym-g32, 64 windows",
+        plan,
+        "sequential{solver=gptaq}",
+        peers=("ort-rtn-asym-g32", "ort-hqq-g32", "fp32"),
+        calibration=64,
+    )
+    yield Configuration("ort-hqq-g32", "ORT HQQ, g32", ort={"block": 32, "method": "hqq"})
     yield Configuration(
         "hqq-asym-g32", "onnxq HQQ, real zero points, g32", plan, "hqq", peers=("ort-hqq-g32",)
     )
@@ -84,10 +95,10 @@ def configurations() -> Iterator[Configuration]:
         name = f"w{bits}-asym-g{group}"
         yield Configuration(f"rtn-{name}", f"onnxq RTN, {name}", plan)
         yield Configuration(
-            f"seq-qronos-{name}",
-            f"onnxq sequential Qronos, {name}",
+            f"seq-gptaq-{name}",
+            f"onnxq sequential GPTAQ, {name}",
             plan,
-            "sequential{solver=qronos}",
+            "sequential{solver=gptaq}",
             peers=("fp32", f"rtn-{name}"),
         )
     for fmt in ("mxfp4", "nvfp4", "nvfp4-46", "nf4", "mxfp6e2m3", "mxfp8e4m3", "fp8e4m3", "mxint8"):
@@ -100,6 +111,7 @@ SOLVERS = (
     ("opt-rtn", "opt-RTN", "opt-rtn"),
     ("gptq", "GPTQ", "gptq{damping=0.01}"),
     ("seq-gptq", "sequential GPTQ", "sequential"),
+    ("seq-gptaq", "sequential GPTAQ", "sequential{solver=gptaq}"),
     ("seq-qronos", "sequential Qronos", "sequential{solver=qronos}"),
 )
 CONFIGURATIONS = tuple(configurations())
@@ -121,10 +133,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these configurations and fp32")
     parser.add_argument("--original", action="store_true", help="do not fold the norms' gains")
     parser.add_argument("--model", type=Path, help="a SmolLM2 that is built already")
+    parser.add_argument("--cache", type=Path, metavar="FOLDER", help="keep rows and models there")
     parser.add_argument("--markdown", action="store_true")
     arguments = parser.parse_args()
+    common.JOB_SECONDS = 3600.0  # minutes of work, but on a machine that may be busy
     chosen = pick(arguments)
-    with common.workspace() as folder:
+    with common.workspace() as temporary:
+        folder = arguments.cache or temporary
+        folder.mkdir(parents=True, exist_ok=True)
         rows = measure(arguments, chosen, folder)
     if arguments.json:
         by_name = {row.name: row for row in rows}
@@ -159,29 +175,76 @@ def measure(arguments: Namespace, chosen: list[Configuration], folder: Path) -> 
     """fp32 and one row a configuration; each model is evaluated and removed before the next."""
     base, tokenizer = build(arguments, folder)
     calibration, evaluation = texts(arguments)
-    feeds = folder / "feeds"
-    write_windows(calibration, tokenizer, feeds, 4 if arguments.quick else CALIBRATION)
     windows = cut(evaluation, tokenizer, 2 if arguments.quick else arguments.windows)
-    judge = Judge(windows)
-    rows = [Row("fp32", "fp32")]
-    rows[0].figures.update(judge.reference(base), **sizes(base, base))
-    for configuration in chosen:
-        out = folder / f"{configuration.name}.onnx"
-        cost = make(configuration, base, out, feeds)
+    judge = Judge(windows, base, folder / f"exact-{base.stem}.npy")
+    store = Store(folder / "rows.json", case_name(arguments), len(windows))
+    rows = []
+    for configuration in (Configuration("fp32", "fp32"), *chosen):
+        facts = store.find(configuration.name)
+        if facts is None:
+            count = 4 if arguments.quick else configuration.calibration
+            feeds = folder / f"feeds-{base.stem}-{count}"
+            if not feeds.is_dir():
+                write_windows(calibration, tokenizer, feeds, count)
+            facts = make_and_judge(configuration, base, folder, feeds, judge)
+            store.keep(configuration.name, facts)
         row = Row(configuration.name, configuration.label, bool(configuration.plan))
-        row.error = cost.error
-        if cost.error is None:
-            row.figures.update(make_cpu=cost.cpu_s, make_peak=cost.peak_mb)
-            row.figures.update(sizes(out, base))
-            try:
-                row.figures.update(judge(out))
-            except Exception as error:  # a peer may write what onnxruntime refuses
-                row.error = f"refused by onnxruntime: {str(error).splitlines()[0]}"
-            for left in folder.glob(f"{configuration.name}.onnx*"):
-                left.unlink()
+        row.error = facts.get("error")
+        row.figures.update(figures_of(facts, len(windows)))
         rows.append(row)
         print_progress(row)
     return rows
+
+
+def make_and_judge(
+    configuration: Configuration, base: Path, folder: Path, feeds: Path, judge: Judge
+) -> dict[str, Any]:
+    """What a row is computed from: costs, sizes, and sums for each window."""
+    if configuration.name == "fp32":
+        return {**sizes(base, base), **judge(base)}
+    out = folder / f"{configuration.name}.onnx"
+    cost = make(configuration, base, out, feeds)
+    if cost.error is not None:
+        return {"error": cost.error}
+    facts: dict[str, Any] = {"make_cpu": cost.cpu_s, "make_peak": cost.peak_mb}
+    facts.update(sizes(out, base))
+    try:
+        facts.update(judge(out))
+    except Exception as error:  # a peer may write what onnxruntime refuses
+        facts["error"] = f"refused by onnxruntime: {str(error).splitlines()[0]}"
+    for left in folder.glob(f"{configuration.name}.*"):
+        left.unlink()
+    return facts
+
+
+def figures_of(facts: dict[str, Any], windows: int) -> dict[str, float]:
+    """The columns of a row, over its first ``windows`` windows."""
+    found = {k: v for k, v in facts.items() if k not in ("nll", "kl", "error")}
+    if "nll" in facts:
+        found["perplexity"] = math.exp(sum(facts["nll"][:windows]) / (windows * (WINDOW - 1)))
+        divergence = facts["kl"][:windows]
+        found["kl"] = sum(divergence) / (windows * len(range(0, WINDOW, KL_STEP)))
+    return found
+
+
+class Store:
+    """Rows that were measured, in one JSON file; those with too few windows do not count."""
+
+    def __init__(self, path: Path, case: str, windows: int) -> None:
+        self._path, self._case, self._windows = path, case, windows
+        self._rows: dict[str, dict[str, Any]] = {}
+        if path.is_file():
+            self._rows = json.loads(path.read_text("utf-8"))
+
+    def find(self, name: str) -> dict[str, Any] | None:
+        facts = self._rows.get(f"{self._case}: {name}")
+        if facts is None or "error" in facts or len(facts["nll"]) < self._windows:
+            return None
+        return facts
+
+    def keep(self, name: str, facts: dict[str, Any]) -> None:
+        self._rows[f"{self._case}: {name}"] = facts
+        self._path.write_text(json.dumps(self._rows, indent=1), "utf-8")
 
 
 def print_progress(row: Row) -> None:
@@ -194,6 +257,9 @@ def print_progress(row: Row) -> None:
 def build(arguments: Namespace, folder: Path) -> tuple[Path, Path]:
     """The model that all configurations start from, and its tokenizer."""
     built = arguments.model
+    base = folder / ("original.onnx" if arguments.original else "folded.onnx")
+    if base.is_file() and built is not None:
+        return base, built.with_suffix(".tokenizer.json")
     if arguments.quick or built is None:
         built = folder / "built.onnx"
         options: dict[str, Any] = {"name": "smollm2", "out": built}
@@ -203,7 +269,6 @@ def build(arguments: Namespace, folder: Path) -> tuple[Path, Path]:
         made = common.run_job("build_model", **options)
         if made.error:
             raise SystemExit(f"the model cannot be built: {made.error}")
-    base = folder / "base.onnx"
     passes = "canonicalize" if arguments.original else "canonicalize, fold-norm"
     made = common.run_job("onnxq_passes", model=built, passes=passes, out=base)
     if made.error:
@@ -266,36 +331,51 @@ def sizes(path: Path, base: Path) -> dict[str, float]:
 
 
 class Judge:
-    """Perplexity and KL divergence on fixed windows."""
+    """Negative log-likelihood and KL divergence on fixed windows.
 
-    def __init__(self, windows: Any) -> None:
-        self._windows = windows
-        self._exact: list[Any] = []
+    The float model's log-probabilities lie in a file, since those of 24 windows take 300 MB.
+    """
 
-    def reference(self, path: Path) -> dict[str, float]:
-        """The float model's perplexity; its log-probabilities are kept for the others."""
-        found = self(path)
-        return {"perplexity": found["perplexity"]}
+    def __init__(self, windows: Any, base: Path, exact: Path) -> None:
+        self._windows, self._base, self._path = windows, base, exact
 
-    def __call__(self, path: Path) -> dict[str, float]:
+    def _exact(self) -> Any:
+        """``[windows, tokens, vocabulary]`` of the float model, made when it is first needed."""
+        import numpy as np
+
+        wanted = len(self._windows)
+        if self._path.is_file():
+            found = np.load(self._path, mmap_mode="r")
+            if len(found) >= wanted:
+                return found
+        session = common.open_session(self._base, 1)
+        target: Any = None
+        for number, ids in enumerate(self._windows):
+            (logits,) = session.run(["logits"], {"input_ids": ids[None]})
+            some = log_softmax(logits[0, ::KL_STEP])
+            if target is None:
+                target = np.lib.format.open_memmap(
+                    self._path, "w+", np.float32, (wanted, *some.shape)
+                )
+            target[number] = some
+        target.flush()
+        return target
+
+    def __call__(self, path: Path) -> dict[str, Any]:
+        """``nll`` and ``kl``, a sum for each window."""
         import numpy as np
 
         from onnxq.evaluation.perplexity import negative_log_likelihood
 
+        exact = self._exact()
         session = common.open_session(path, 1)
-        first = not self._exact
-        total, divergence, count = 0.0, 0.0, 0
+        nll, divergence = [], []
         for number, ids in enumerate(self._windows):
             (logits,) = session.run(["logits"], {"input_ids": ids[None]})
-            total += negative_log_likelihood(logits[0, :-1], ids[1:].tolist())
-            some = log_softmax(logits[0, ::KL_STEP])
-            if first:
-                self._exact.append(some)
-            exact = self._exact[number]
-            divergence += float(np.sum(np.exp(exact) * (exact - some), dtype=np.float64))
-            count += len(some)
-        tokens = len(self._windows) * (WINDOW - 1)
-        return {"perplexity": math.exp(total / tokens), "kl": divergence / count}
+            nll.append(float(negative_log_likelihood(logits[0, :-1], ids[1:].tolist())))
+            sure, some = exact[number], log_softmax(logits[0, ::KL_STEP])
+            divergence.append(float(np.sum(np.exp(sure) * (sure - some), dtype=np.float64)))
+        return {"nll": nll, "kl": divergence}
 
 
 def log_softmax(logits: Any) -> Any:

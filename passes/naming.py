@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,7 +20,7 @@ def about(site: str) -> Iterator[None]:
     try:
         yield
     except (DataError, UnsupportedError) as error:
-        if site in error.cause:
+        if re.search(rf"(?<![\w/.]){re.escape(site)}(?![\w/])", error.cause):
             raise
         named = type(error)(error.code, f"{site}: {error.cause}", error.hint, **error.details)
         raise named from error

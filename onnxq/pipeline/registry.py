@@ -84,6 +84,9 @@ BUILTIN: Final[Mapping[str, Entry]] = {
         opt_rtn="OptRtn",
         hqq="Hqq",
         correct_bias="CorrectBias",
+        kmeans="KMeans",
+        low_rank_compensate="LowRankCompensate",
+        magr="MagR",
     ),
     **_builtin(
         "lower", integer_only="IntegerOnly", pack="Pack", qdq="Qdq", quantize_kv="QuantizeKv"

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
+import numpy.typing as npt
 import onnx.parser
 import onnx_ir as ir
 
@@ -27,6 +28,8 @@ from onnxq.passes.contract import Context, Pass, PassReport
 from onnxq.passes.keys import PLAN, STATISTICS
 from onnxq.passes.transform.folding import put_weight, weight64
 from onnxq.solvers.low_rank import low_rank_split
+
+Array = npt.NDArray[Any]
 
 DOMAIN: Final = "com.onnxq.low_rank"
 OP: Final = "Branch"
@@ -80,8 +83,6 @@ class LowRankSplit(Pass):
                     linear.name, f"rank {self.rank}", _split(model, linear, self.rank, names)
                 )
         ctx.progress(self.name, len(chosen), len(chosen))
-        if report.changed:
-            _attach(model)
         return report
 
     def _wants(self, linear: Linear) -> bool:
@@ -108,10 +109,25 @@ def _split(model: ir.Model, linear: Linear, rank: int, names: Names) -> str:
     left, right = left.astype(dtype), right.astype(dtype)
     residual = weight - left.astype(np.float64) @ right.astype(np.float64)
     put_weight(linear, residual)
+    add_branch(model, linear, left, right, names)
+    share = np.linalg.norm(residual) / max(float(np.linalg.norm(weight)), 1e-300)
+    return f"the residual has {100 * share:.0f} % of the weight's norm"
+
+
+def add_branch(model: ir.Model, linear: Linear, down: Array, up: Array, names: Names) -> None:
+    """Add ``x down up`` to the product of a layer, in front of its bias.
+
+    Args:
+        model: gets the branch's body too.
+        linear: a MatMul or Gemm layer.
+        down: ``[K, r]``.
+        up: ``[r, N]``.
+        names: of the graph.
+    """
     base = linear.name
     factors = [
         add_initializer(model.graph, names.fresh(f"{base}_low_rank_{what}"), array)
-        for what, array in (("down", left), ("up", right))
+        for what, array in (("down", down), ("up", up))
     ]
     product = linear.node.outputs[0]
     readers = list(product.uses())
@@ -126,14 +142,15 @@ def _split(model: ir.Model, linear: Linear, rank: int, names: Names) -> str:
     if product.is_graph_output():
         outputs = model.graph.outputs
         outputs[list(outputs).index(product)] = out
+        # Plans speak of a node without a name by its output's, which changes.
+        linear.node.name = linear.name
         name, product.name = product.name, names.fresh(f"{product.name}_residual")
         out.name = name
     else:
         out.name = names.fresh(f"{product.name}_whole")
     for usage in readers:
         usage.node.replace_input_with(usage.idx, out)
-    share = np.linalg.norm(residual) / max(float(np.linalg.norm(weight)), 1e-300)
-    return f"the residual has {100 * share:.0f} % of the weight's norm"
+    _attach(model)
 
 
 def _attach(model: ir.Model) -> None:
