@@ -1,8 +1,246 @@
-// The row kernels of the integer-only operators, for avx512bw.
+// The row kernels of the integer-only operators, for AVX-512: products of 32 by 32 bits are taken
+// of the even and of the odd lanes, as the instruction set has them; the rest is left to the
+// compiler.
+#include <immintrin.h>
+
 #include "integer_loops_generic.h"
 
 namespace onnxq {
+namespace {
 
-const IntegerKernels kIntegerAvx512bw = kGenericLoops;
+constexpr int64_t kLanes = 16;
+constexpr __mmask16 kOdd = 0xAAAA;
+
+__mmask16 Tail(int64_t n) {
+  return n >= kLanes ? static_cast<__mmask16>(0xFFFF) : static_cast<__mmask16>((1U << n) - 1);
+}
+
+__m512i Load(const int32_t* from, __mmask16 mask) { return _mm512_maskz_loadu_epi32(mask, from); }
+
+void Store(int32_t* to, __mmask16 mask, __m512i v) { _mm512_mask_storeu_epi32(to, mask, v); }
+
+__m512i OddOf(__m512i v) { return _mm512_srli_epi64(v, 32); }
+
+// The low halves of even and odd lanes' 64-bit numbers, in order.
+__m512i Interleave(__m512i even, __m512i odd) {
+  return _mm512_mask_blend_epi32(kOdd, even, _mm512_slli_epi64(odd, 32));
+}
+
+__m512i Clamp64(__m512i v, __m512i low, __m512i high) {
+  return _mm512_max_epi64(_mm512_min_epi64(v, high), low);
+}
+
+// x * multiplier / 2^shift, halves up, of 64-bit lanes whose low halves count.
+__m512i Scale64(__m512i x, __m512i multiplier, __m512i shift) {
+  const __m512i one = _mm512_set1_epi64(1);
+  const __m512i half = _mm512_sllv_epi64(one, _mm512_sub_epi64(shift, one));
+  return _mm512_srav_epi64(_mm512_add_epi64(_mm512_mul_epi32(x, multiplier), half), shift);
+}
+
+void RescaleColumns512(const int32_t* x, const ColumnFactors& factors, int64_t n, int32_t low,
+                       int32_t high, int32_t* out) {
+  const __m512i lowest = _mm512_set1_epi64(low);
+  const __m512i highest = _mm512_set1_epi64(high);
+  const __m512i low_half = _mm512_set1_epi64(0xFFFFFFFF);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const __mmask16 mask = Tail(n - i);
+    const __m512i total = _mm512_add_epi32(Load(x + i, mask), Load(factors.bias + i, mask));
+    const __m512i multiplier = Load(factors.multiplier + i, mask);
+    const __m512i shift = Load(factors.shift + i, mask);
+    const __m512i even = Scale64(total, multiplier, _mm512_and_si512(shift, low_half));
+    const __m512i odd = Scale64(OddOf(total), OddOf(multiplier), OddOf(shift));
+    Store(out + i, mask, Interleave(Clamp64(even, lowest, highest), Clamp64(odd, lowest, highest)));
+  }
+}
+
+void RescaleAll512(const int32_t* x, int64_t n, const Rescale& how, int32_t* out) {
+  const __m512i lowest = _mm512_set1_epi64(how.low);
+  const __m512i highest = _mm512_set1_epi64(how.high);
+  const __m512i multiplier = _mm512_set1_epi64(how.multiplier);
+  const __m512i half = _mm512_set1_epi64(int64_t{1} << (how.shift - 1));
+  const __m512i zero_point = _mm512_set1_epi64(how.zero_point);
+  const __m128i shift = _mm_cvtsi64_si128(how.shift);
+  const auto scale = [&](__m512i v) {
+    const __m512i y =
+        _mm512_sra_epi64(_mm512_add_epi64(_mm512_mul_epi32(v, multiplier), half), shift);
+    return Clamp64(_mm512_add_epi64(y, zero_point), lowest, highest);
+  };
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const __mmask16 mask = Tail(n - i);
+    const __m512i v = Load(x + i, mask);
+    Store(out + i, mask, Interleave(scale(v), scale(OddOf(v))));
+  }
+}
+
+// The upper halves of the products of unsigned numbers.
+__m512i MultiplyHigh(__m512i a, __m512i b) {
+  const __m512i even = _mm512_mul_epu32(a, b);
+  const __m512i odd = _mm512_mul_epu32(OddOf(a), b);
+  return _mm512_mask_blend_epi32(kOdd, OddOf(even), odd);
+}
+
+// What ExpOf computes, of a vector.
+struct Exp512 {
+  __m512i ln2;
+  __m512i multiplier;
+  __m512i p[5];
+  __m128i s[4];
+  __m128i raise;
+  __m512 inverse;
+  bool plain;
+
+  explicit Exp512(const ExpConstants& c)
+      : ln2(_mm512_set1_epi32(c.ln2)),
+        multiplier(_mm512_set1_epi32(c.multiplier)),
+        raise(_mm_cvtsi32_si128(46 - c.shift)),
+        inverse(_mm512_set1_ps(1.0F / static_cast<float>(c.ln2))),
+        plain(IsPlainSquare(c.polynomial)) {
+    for (int i = 0; i < 5; ++i) p[i] = _mm512_set1_epi32(c.polynomial.p[i]);
+    for (int i = 0; i < 4; ++i) s[i] = _mm_cvtsi32_si128(c.polynomial.s[i]);
+  }
+
+  template <bool is_plain>
+  __m512i Of(__m512i distance) const {
+    const __m512 shifted = _mm512_add_ps(_mm512_cvtepi32_ps(distance), _mm512_set1_ps(0.5F));
+    const __m512i halvings = _mm512_cvttps_epi32(_mm512_mul_ps(shifted, inverse));
+    const __m512i r = _mm512_sub_epi32(_mm512_mullo_epi32(halvings, ln2), distance);
+    __m512i z;
+    if constexpr (is_plain) {
+      z = _mm512_add_epi32(_mm512_mullo_epi32(_mm512_add_epi32(r, p[3]), r), p[4]);
+    } else {
+      z = p[0];
+      for (int i = 0; i < 4; ++i)
+        z = _mm512_add_epi32(_mm512_sra_epi32(_mm512_mullo_epi32(z, r), s[i]), p[i + 1]);
+    }
+    const __m512i kept = MultiplyHigh(_mm512_sll_epi32(z, raise), multiplier);
+    // A count of 32 and more gives 0.
+    const __m512i places = _mm512_add_epi32(halvings, _mm512_set1_epi32(13));
+    const __m512i halves = _mm512_srlv_epi32(kept, places);
+    return _mm512_srli_epi32(_mm512_add_epi32(halves, _mm512_set1_epi32(1)), 1);
+  }
+};
+
+template <bool plain>
+void SoftmaxRow512(const int32_t* x, const int32_t* mask, int64_t n, const SoftmaxConstants& c,
+                   int32_t* buffer, uint8_t* out) {
+  const Exp512 exp(c.exp);
+  __m512i most512 = _mm512_set1_epi32(INT32_MIN);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const __mmask16 tail = Tail(n - i);
+    __m512i d = Load(x + i, tail);
+    if (mask != nullptr) d = _mm512_add_epi32(d, Load(mask + i, tail));
+    Store(buffer + i, tail, d);
+    most512 = _mm512_mask_max_epi32(most512, tail, most512, d);
+  }
+  const int32_t most = _mm512_reduce_max_epi32(most512);
+  const __m512i top = _mm512_set1_epi32(most);
+  const __m512i lowest = _mm512_set1_epi32(LowestOf(most, c.exp.ln2));
+  int64_t sum = 0;
+  for (int64_t first = 0; first < n; first += 65536) {
+    const int64_t end = std::min<int64_t>(n, first + 65536);
+    __m512i part = _mm512_setzero_si512();
+    for (int64_t i = first; i < end; i += kLanes) {
+      const __mmask16 tail = Tail(end - i);
+      const __m512i d = _mm512_max_epi32(Load(buffer + i, tail), lowest);
+      const __m512i e = exp.Of<plain>(_mm512_sub_epi32(top, d));
+      Store(buffer + i, tail, e);
+      part = _mm512_mask_add_epi32(part, tail, part, e);
+    }
+    sum += static_cast<uint32_t>(_mm512_reduce_add_epi32(part));
+  }
+  const __m512i factor =
+      _mm512_set1_epi32(static_cast<int32_t>(static_cast<uint32_t>((int64_t{1} << 32) / sum)));
+  const __m128i places = _mm_cvtsi32_si128(31 - c.bits);
+  const __m512i rounding = _mm512_set1_epi32(c.rounding);
+  const __m512i largest = _mm512_set1_epi32((1 << c.bits) - 1);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const __mmask16 tail = Tail(n - i);
+    const __m512i scaled = _mm512_mullo_epi32(Load(buffer + i, tail), factor);
+    const __m512i halves = _mm512_add_epi32(_mm512_srl_epi32(scaled, places), rounding);
+    const __m512i y = _mm512_min_epu32(_mm512_srli_epi32(halves, 1), largest);
+    _mm512_mask_cvtepi32_storeu_epi8(out + i, tail, y);
+  }
+}
+
+void Softmax512(const int32_t* x, const int32_t* mask, int64_t n, const SoftmaxConstants& c,
+                int32_t* buffer, uint8_t* out) {
+  IsPlainSquare(c.exp.polynomial) ? SoftmaxRow512<true>(x, mask, n, c, buffer, out)
+                                  : SoftmaxRow512<false>(x, mask, n, c, buffer, out);
+}
+
+int64_t SumOfSquares512(const int32_t* v, int64_t n, int32_t shift) {
+  const __m128i places = _mm_cvtsi32_si128(shift);
+  __m512i sum = _mm512_setzero_si512();
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const __m512i coarse = _mm512_sra_epi32(Load(v + i, Tail(n - i)), places);
+    const __m512i odd = OddOf(coarse);
+    sum = _mm512_add_epi64(sum, _mm512_mul_epi32(coarse, coarse));
+    sum = _mm512_add_epi64(sum, _mm512_mul_epi32(odd, odd));
+  }
+  return _mm512_reduce_add_epi64(sum);
+}
+
+// clip(((v * factor / 2) * multiplier + beta) / 2^shift) for a factor below 2^31.
+void NormalizeAndScale512(const int32_t* v, int64_t n, int32_t factor, const int32_t* multiplier,
+                          const int64_t* beta, const NormConstants& c, int16_t* out) {
+  const __m512i f = _mm512_set1_epi64(factor);
+  const __m512i half = _mm512_set1_epi64(int64_t{1} << (c.out_shift - 1));
+  const __m128i shift = _mm_cvtsi64_si128(c.out_shift);
+  const __m512i lowest = _mm512_set1_epi64(c.low);
+  const __m512i highest = _mm512_set1_epi64(c.high);
+  // Even and odd columns of beta, which lies in two vectors.
+  const __m512i even_of = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14);
+  const __m512i odd_of = _mm512_setr_epi64(1, 3, 5, 7, 9, 11, 13, 15);
+  const auto scale = [&](__m512i value, __m512i m, __m512i b) {
+    const __m512i normal = _mm512_srai_epi64(_mm512_mul_epi32(value, f), 1);
+    const __m512i y = _mm512_add_epi64(_mm512_add_epi64(_mm512_mul_epi32(normal, m), b), half);
+    return Clamp64(_mm512_sra_epi64(y, shift), lowest, highest);
+  };
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const __mmask16 tail = Tail(n - i);
+    const __m512i value = Load(v + i, tail);
+    const __m512i m = Load(multiplier + i, tail);
+    __m512i even_beta = _mm512_setzero_si512();
+    __m512i odd_beta = even_beta;
+    if (beta != nullptr) {
+      const __m512i first = _mm512_maskz_loadu_epi64(static_cast<__mmask8>(tail), beta + i);
+      const __m512i second =
+          _mm512_maskz_loadu_epi64(static_cast<__mmask8>(tail >> 8), beta + i + 8);
+      even_beta = _mm512_permutex2var_epi64(first, even_of, second);
+      odd_beta = _mm512_permutex2var_epi64(first, odd_of, second);
+    }
+    const __m512i y =
+        Interleave(scale(value, m, even_beta), scale(OddOf(value), OddOf(m), odd_beta));
+    _mm512_mask_cvtepi32_storeu_epi16(out + i, tail, y);
+  }
+}
+
+void Norm512(const int16_t* x, int64_t n, const int32_t* multiplier, const int64_t* beta,
+             const NormConstants& c, int32_t* buffer, int16_t* out) {
+  const int32_t mean = beta == nullptr ? 0 : MeanOf(x, n);
+  for (int64_t i = 0; i < n; ++i) buffer[i] = x[i] - mean;
+  const int64_t squares = SumOfSquares512(buffer, n, c.shift);
+  const int64_t root = std::max<int64_t>(IntegerRoot(squares + c.epsilon), 1);
+  const int64_t factor = (int64_t{1} << 31) / (root << c.shift);
+  if (factor == int64_t{1} << 31) {
+    Normalize(buffer, n, factor);
+    ScaleNormal(buffer, n, multiplier, beta, c, out);
+    return;
+  }
+  NormalizeAndScale512(buffer, n, static_cast<int32_t>(factor), multiplier, beta, c, out);
+}
+
+constexpr IntegerKernels Vectorized() {
+  IntegerKernels kernels = kGenericLoops;
+  kernels.rescale_columns = RescaleColumns512;
+  kernels.rescale = RescaleAll512;
+  kernels.softmax = Softmax512;
+  kernels.norm = Norm512;
+  return kernels;
+}
+
+}  // namespace
+
+const IntegerKernels kIntegerAvx512bw = Vectorized();
 
 }  // namespace onnxq

@@ -21,11 +21,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxq import custom_ops
+from onnxq.custom_ops.integer_check import SCALE_KEY
 from onnxq.graph.edit import Names, add_initializer, insert_before
 from onnxq.solvers.integer_only import dyadic
-
-SCALE_KEY = "onnxq.scale"
-"""Node metadata: what a step of the first output is worth, for people and for the checker."""
 
 Array = npt.NDArray[np.generic]
 Float64 = npt.NDArray[np.float64]

@@ -21,18 +21,64 @@ _INTEGER: Final = ("MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv
 @click.command("inspect", short_help="Show what is inside a model.")
 @click.argument("model", type=FILE)
 @click.option("-v", "--verbose", is_flag=True, help="Also list each match and each near miss.")
+@click.option(
+    "--integer-only", is_flag=True, help="Prove that MODEL computes in integers alone, or refuse."
+)
+@click.option(
+    "--max-extent",
+    type=click.IntRange(min=1),
+    help="Largest extent of a dynamic axis, for --integer-only.",
+)
 @common
-def command(model: Path, verbose: bool) -> None:
+def command(model: Path, verbose: bool, integer_only: bool, max_extent: int | None) -> None:
     """Show operators, weights, structure, quantization and provenance of MODEL."""
     from onnxq.cli import console
     from onnxq.cli.state import current
     from onnxq.graph.io import load
 
+    if max_extent is not None and not integer_only:
+        raise click.UsageError("--max-extent goes with --integer-only")
+    if integer_only:
+        _prove(load(model), max_extent, verbose=verbose)
+        return
     record = describe(load(model), model)
     if current().json:
         console.emit(record)
     else:
         _print(record, verbose=verbose)
+
+
+def _prove(model: ir.Model, max_extent: int | None, *, verbose: bool) -> None:
+    """Print what the proof found; what it refuses is an error."""
+    from onnxq.cli import console
+    from onnxq.cli.state import current
+    from onnxq.custom_ops.integer_check import check_integer_only
+
+    report = check_integer_only(model, max_extent=max_extent)
+    if current().json:
+        console.emit(report.to_json())
+        return
+    columns: list[Any] = [("operator", "left"), ("node", "left"), ("type", "left")]
+    columns += [(name, "right") for name in ("scale", "least", "most", "sum", "bits")]
+    worst = report.worst
+    rows = [
+        (
+            row.op,
+            row.node,
+            row.dtype,
+            "" if row.scale is None else f"{row.scale:.4g}",
+            f"{row.lo:,}",
+            f"{row.hi:,}",
+            "" if row.accumulator is None else f"{row.accumulator:,}",
+            "" if row.accumulator is None else str(row.accumulator.bit_length() + 1),
+        )
+        for row in (report.rows if verbose else [worst] if worst else [])
+    ]
+    console.print_table("Integer operators" if verbose else "Largest sum", columns, rows)
+    click.echo(
+        f"integer-only: {len(report.rows)} integer operators between {report.quantize} quantize "
+        f"and {report.dequantize} dequantize nodes, no float between them; no sum can overflow"
+    )
 
 
 def describe(model: ir.Model, path: Path) -> dict[str, Any]:
