@@ -37,6 +37,7 @@ INT4 = "assign{mode=weight-only weights=int4 block=32}"
 INT4_LAYERS = "assign{mode=weight-only embeddings=float weights=int4 block=32}"
 INT8_LAYERS = "assign{mode=dynamic embeddings=float}"
 PER_CHANNEL = {"per_channel": True}
+BUILDERS = {"minilm": "minilm", "smollm2": "smollm2-135m"}
 PREPARED = "canonicalize{opset=21}"
 
 
@@ -171,9 +172,9 @@ def measure(name: str, arguments: Namespace, folder: Path) -> list[Row]:
 def build(name: str, quick: bool, folder: Path) -> Path:
     """The float model, prepared as all configurations take it; its tokenizer lies beside it."""
     built, base = folder / "built.onnx", folder / "base.onnx"
-    options: dict[str, Any] = {"name": name, "out": built}
+    options: dict[str, Any] = {"name": BUILDERS[name], "out": built}
     if name == "smollm2":
-        options["settings"] = {"kv_cache": True}
+        options["settings"] = {"kv_cache": "true"}
         if quick:
             checkpoint = common.shared_folder() / "data" / "stories260k"
             options.update(name="stories260k", checkpoint=str(checkpoint))

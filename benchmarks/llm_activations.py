@@ -427,7 +427,7 @@ def setup_of(options: Namespace, folder: Path) -> Setup:
     cache = options.cache or folder
     cache.mkdir(parents=True, exist_ok=True)
     data = common.shared_folder() / "data"
-    name = "stories260k" if options.quick else "smollm2"
+    name = "stories260k" if options.quick else "smollm2-135m"
     source = options.model
     if source is None:
         from onnxq import models

@@ -262,7 +262,7 @@ def build(arguments: Namespace, folder: Path) -> tuple[Path, Path]:
         return base, built.with_suffix(".tokenizer.json")
     if arguments.quick or built is None:
         built = folder / "built.onnx"
-        options: dict[str, Any] = {"name": "smollm2", "out": built}
+        options: dict[str, Any] = {"name": "smollm2-135m", "out": built}
         if arguments.quick:
             checkpoint = common.shared_folder() / "data" / "stories260k"
             options.update(name="stories260k", checkpoint=str(checkpoint))

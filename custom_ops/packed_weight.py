@@ -14,7 +14,7 @@ from onnxq.errors import UnsupportedError
 from onnxq.formats import Format, IntFormat, Params
 
 Array = npt.NDArray[Any]
-ScaleType = Literal["float16", "float32", "e8m0", "e4m3"]
+ScaleType = Literal["float16", "bfloat16", "float32", "e8m0", "e4m3"]
 
 CODE_BITS = (1, 2, 3, 4, 6, 8)
 """Widths of codes that there are kernels for."""
@@ -223,6 +223,8 @@ def _stored_scales(scale: Array, scale_type: ScaleType) -> tuple[Array, float]:
         return codes.astype(np.uint8), 1.0
     if scale_type == "e4m3":
         return scale.astype(ml_dtypes.float8_e4m3fn), 1.0
+    if scale_type == "bfloat16":
+        return scale.astype(ml_dtypes.bfloat16), 1.0
     if scale_type == "float32":
         return scale.astype(np.float32), 1.0
     exponent = int(np.frexp(np.abs(scale).max(initial=0))[1]) - _HALF_TOP_EXPONENT

@@ -55,7 +55,8 @@ class Pack(Pass):
         activations: what weight-only layers do with their activations: ``int8`` rounds each token
             to INT8 inside of the kernel, which is much faster; ``float`` keeps them. Formats whose
             levels are no multiples of one number (NF4, FP8) keep them in any case.
-        scales: how scales are stored. ``float16`` rounds them, by less than 0.05 %.
+        scales: how scales are stored. ``float16`` rounds them, by less than 0.05 %, ``bfloat16`` by
+            less than 0.4 %, of any range.
         outliers: with INT8 activations, columns that hold a magnitude from this on, in any token of
             a call, stay float; 0 for none. LLM.int8() uses 6.
     """
@@ -69,7 +70,7 @@ class Pack(Pass):
     tolerance: ClassVar[float | None] = None
 
     activations: Literal["int8", "float"] = "int8"
-    scales: Literal["float16", "float32"] = "float16"
+    scales: Literal["float16", "bfloat16", "float32"] = "float16"
     outliers: float = 0.0
 
     def __post_init__(self) -> None:

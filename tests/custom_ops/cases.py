@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from onnxq import custom_ops
 from onnxq.custom_ops.block_format import block_attributes
-from onnxq.custom_ops.packed_weight import PackedWeight, pack_weight
+from onnxq.custom_ops.packed_weight import PackedWeight, ScaleType, pack_weight
 from onnxq.formats import Granularity, parse_format
 from onnxq.solvers.hadamard import hadamard_matrix
 from tests.custom_ops import exact
@@ -141,6 +141,11 @@ _WEIGHTS = (
 )  # fmt: skip
 
 
+_SCALE_TYPES: dict[str, ScaleType] = {
+    "fp8": "float32", "uint8": "float32", "int8": "bfloat16", "uint2": "bfloat16"
+}  # fmt: skip
+
+
 def quantized_weight(
     kind: str, n: int, k: int, group: int, *, int8_activations: bool, rng: np.random.Generator
 ) -> PackedWeight:
@@ -155,7 +160,7 @@ def quantized_weight(
         fmt.encode(w, params),
         params,
         int8_activations=int8_activations,
-        scale_type="float32" if kind in ("fp8", "uint8") else "float16",
+        scale_type=_SCALE_TYPES.get(kind, "float16"),
         bias=bias,
     )
 

@@ -56,6 +56,7 @@ def with_kernels(packed: ir.Model) -> np.ndarray:
     [
         (W4, Pack(), INT4_ERROR),
         (W4, Pack(activations="float", scales="float32"), INT4_ERROR),
+        (W4, Pack(scales="bfloat16"), INT4_ERROR),
         (
             Assign(mode="weight-only", weights="uint4", block=64, symmetric_weights=False),
             Pack(),
