@@ -67,7 +67,7 @@ def measure(arguments: Namespace, folder: Path) -> list[Row]:
     judge(fp32, base)
     rows.append(fp32)
     for name, label, passes in CASES:
-        row = Row(name, label)
+        row = Row(name, label, ours=True)
         path = folder / f"{name}.onnx"
         images = {"passes": passes, "keywords": {"calib": str(folder / "calibration")}}
         images["keywords"] |= {"images": PREPROCESSING, "threads": 1}  # type: ignore[operator]

@@ -80,6 +80,29 @@ class WeightPlan:
 
 
 @dataclass(frozen=True)
+class InputPart:
+    """Columns of a product's input that are treated alike, apart from the others.
+
+    Args:
+        columns: indices along K, each in one part of the site.
+        format: integer format, or ``float`` for columns that are multiplied in float.
+        lo, hi: float range that the codes cover in static mode; 0 otherwise.
+        symmetric: the zero point lies in the middle of the code range.
+    """
+
+    columns: tuple[int, ...]
+    format: str
+    lo: float = 0.0
+    hi: float = 0.0
+    symmetric: bool = False
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the columns are multiplied in float."""
+        return self.format == "float"
+
+
+@dataclass(frozen=True)
 class SitePlan:
     """One node that will compute on quantized inputs.
 
@@ -91,6 +114,7 @@ class SitePlan:
         output: name of the value that is quantized right after it; empty if it stays float.
         weight: how its constant is stored; None for operators without one.
         activation: how its input is rounded at run time (mode ``per-token``).
+        parts: how its input is split by columns; empty where it is not.
         by: the pass that decided.
         why: its reason, in a few words.
     """
@@ -102,6 +126,7 @@ class SitePlan:
     output: str = ""
     weight: WeightPlan | None = None
     activation: ActivationPlan | None = None
+    parts: tuple[InputPart, ...] = ()
     by: str = ""
     why: str = ""
 
@@ -155,6 +180,10 @@ class QuantPlan:
                 **{
                     **raw,
                     "inputs": tuple(raw["inputs"]),
+                    "parts": tuple(
+                        InputPart(**{**part, "columns": tuple(part["columns"])})
+                        for part in raw["parts"]
+                    ),
                     "weight": None if weight is None else WeightPlan(**weight),
                     "activation": None if activation is None else ActivationPlan(**activation),
                 }

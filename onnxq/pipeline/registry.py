@@ -75,6 +75,9 @@ BUILTIN: Final[Mapping[str, Entry]] = {
         sensitivity="Sensitivity",
         set_format="SetFormat",
         assign_format="AssignFormat",
+        peg="Peg",
+        mixed_precision="MixedPrecision",
+        outlier_split="OutlierSplit",
     ),
     **_builtin(
         "weights",

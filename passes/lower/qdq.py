@@ -28,6 +28,7 @@ from onnxq.passes.keys import PLAN, ROUNDED, STATISTICS
 from onnxq.passes.lower.activations import ActivationRounding
 from onnxq.passes.lower.dynamic import DynamicLowering
 from onnxq.passes.lower.embedding import lower_embedding
+from onnxq.passes.lower.parts import lower_parts, refuse_rounded
 from onnxq.passes.lower.static import StaticLowering
 from onnxq.passes.lower.weight_only import lower_decoded, lower_weight_only
 from onnxq.passes.plan import CACHE
@@ -80,6 +81,10 @@ class Qdq(Pass):
                 what = f"keys and values in {site.activation.format}, a scale a token and head"
             elif linear is None:
                 what = static.lower_op(nodes[site.site], site)
+            elif site.parts:
+                if rounded.get(site.site) is not None:
+                    refuse_rounded(site)
+                what = lower_parts(model, linear, site)
             elif site.mode == "static":
                 what = static.lower_linear(linear, site)
             elif site.mode == "dynamic":
