@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnxq.errors import DataError, UnsupportedError
+from onnxq.errors import DataError, SpecError, UnsupportedError
 from onnxq.passes.contract import Pass
 from onnxq.passes.decide.assign import Assign
 from onnxq.passes.decide.calibrate import Calibrate
@@ -101,3 +101,37 @@ def test_inputs_of_inf_are_refused_with_their_name() -> None:
     feeds = [{"x": np.full((4, K), 1e30, np.float32)}]
     with pytest.raises(DataError, match="`x`"):
         outputs(weights(), W4, Sequential(), feeds=feeds)
+
+
+@every
+def test_a_weight_that_is_itself_an_output_of_the_model_stays(passes: tuple[Pass, ...]) -> None:
+    body = f"g (float[R,{K}] x) => (float[R,{N}] y, float[{K},{N}] w) {{ y = MatMul(x, w) }}"
+    model = h.model_of(body, {"w": weights()}, opset=21)
+    after = h.apply(model, *passes, Qdq(), samples=FEEDS).model
+    exact, found = h.run(model, FEEDS[0]), h.run(after, FEEDS[0])
+    np.testing.assert_array_equal(found["w"], exact["w"])
+    assert 1e-4 < h.relative_error(exact["y"], found["y"]) < 0.2
+
+
+@every
+def test_a_hessian_of_rank_one_is_no_obstacle(passes: tuple[Pass, ...]) -> None:
+    """One sample of one row, repeated: all directions but one are unknown."""
+    row = h.normal(1, K, seed=4)
+    exact, found = outputs(weights(), *passes, feeds=[{"x": np.repeat(row, 30, axis=0)}])
+    assert np.isfinite(found).all()
+    assert h.relative_error(exact, found) < 0.8
+
+
+@pytest.mark.parametrize(
+    ("target", "text"),
+    [
+        ("tract", "nvfp4"),
+        ("iree", "int4"),
+        ("qnn", "mxfp4"),
+    ],
+)
+def test_formats_that_a_target_cannot_take_are_refused_by_name(target: str, text: str) -> None:
+    model = h.model_of(PLAIN.replace("R,", "20,"), {"w": weights()}, opset=21)
+    assign = Assign(mode="weight-only", weights=text)
+    with pytest.raises((UnsupportedError, SpecError), match=target):
+        h.apply(model, assign, Qdq(), samples=FEEDS, target=target)
