@@ -123,6 +123,7 @@ class MixedPrecision(Pass):
         wide = self._wide_values(list(groups), plan, ctx)
         units = self._measure(model, plan, groups, wide, ctx)
         if not units:
+            report.skip("the plan", "has no product with a static range")
             return report
         chosen = self._choose(units)
         for unit, level in zip(units, chosen, strict=True):

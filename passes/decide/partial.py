@@ -109,6 +109,9 @@ class Partial(Pass):
         """``plan`` without the layers that ``budget`` takes."""
         costs = {linear.name: multiplications(linear) for linear in analyze(model).linears}
         ranked = self._rank(ctx.artifacts.get(SENSITIVITY), plan, costs)
+        if not ranked:
+            report.skip("the plan", "has no layer that a budget could leave in float")
+            return plan
         rounded = ctx.artifacts.get(ROUNDED) if ROUNDED in ctx.artifacts else None
         samples = take_samples(ctx, self.samples)
         with PlanMeter(model, ctx, samples, budget.metric, rounded) as meter:

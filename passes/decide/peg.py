@@ -72,6 +72,8 @@ class Peg(Pass):
         """Split the inputs of layers in the plan."""
         report = PassReport()
         plan, statistics = ctx.artifacts.get(PLAN), ctx.artifacts.get(STATISTICS)
+        if not plan.sites:
+            report.skip("the plan", "has no layer to split")
         for linear in analyze(model).linears:
             site = splittable(linear, plan, report, modes=("static",))
             if site is None:

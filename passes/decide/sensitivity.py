@@ -96,6 +96,8 @@ class Sensitivity(Pass):
         for planned in plan.sites.values():
             if planned.kind == "op":
                 report.skip(planned.site, "has no weight; it follows its neighbours")
+        if not sites:
+            report.skip("the plan", "has no layer to measure")
         samples = take_samples(ctx, self.samples)
         identity = _identity(model, plan, samples, self.metric)
         cache = _Cache(self.cache, identity)

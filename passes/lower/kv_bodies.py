@@ -28,6 +28,9 @@ from onnxq.custom_ops import DOMAIN
 MIN_OPSET: Final = 18
 """Reductions with axes as an input, and BitwiseAnd."""
 
+READ: Final = "KvRead"
+APPEND: Final = "KvAppend"
+
 
 @dataclass(frozen=True)
 class CacheLayout:
@@ -81,12 +84,12 @@ class CacheLayout:
     @property
     def read_op(self) -> str:
         """``(*parts) -> [N, H, T, d]`` float."""
-        return f"KvRead{self.suffix}"
+        return f"{READ}{self.suffix}"
 
     @property
     def append_op(self) -> str:
         """``(*parts, new [N, H, S, d]) -> parts``."""
-        return f"KvAppend{self.suffix}"
+        return f"{APPEND}{self.suffix}"
 
 
 class _Body:

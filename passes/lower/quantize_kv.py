@@ -29,6 +29,7 @@ from onnxq.passes.contract import Context, Pass, PassReport
 from onnxq.passes.keys import PLAN, STATISTICS
 from onnxq.passes.lower.kv_bodies import (
     MIN_OPSET,
+    READ,
     CacheLayout,
     append_function,
     read_function,
@@ -92,7 +93,9 @@ class QuantizeKv(Pass):
         for attention in structure.fused_attentions:
             if any(value is not None and value.is_graph_input() for value in attention.node.inputs):
                 report.skip(attention.name, "its cache is kept inside of the fused operator")
-        if not caches:
+        if any(node.op_type.startswith(READ) and is_ours(node) for node in model.graph):
+            report.skip("the model", "keeps its cache in codes already")
+        elif not caches:
             report.skip("the model", "has no cache that is an input and given back longer")
         writer = _Writer(model)
         for cache in caches:
@@ -150,6 +153,11 @@ class QuantizeKv(Pass):
             spent += layout.size * (self.bits + 2 * width / share)
             whole += layout.size * width
         return f"a long cache takes {whole / spent:.2f} times less memory"
+
+
+def is_ours(node: ir.Node) -> bool:
+    """Whether ``node`` is an operator of ours."""
+    return op_domain(node) == DOMAIN
 
 
 def _axis(layout: CacheLayout) -> str:
@@ -221,7 +229,7 @@ def _is_join(node: ir.Node) -> bool:
 
 def _move_rotation(cache: Cache) -> bool:
     """Rotate new keys instead of all keys, where a rotation lies behind the cache."""
-    rotations = [node for node in cache.path if op_domain(node) == DOMAIN]
+    rotations = [node for node in cache.path if is_ours(node)]
     sole = all(len(tuple(node.outputs[0].consumers())) == 1 for node in cache.path[:-1])
     readers = [n for n in cache.join.outputs[0].consumers() if not is_op(n, "Shape")]
     if len(rotations) != 1 or not sole or readers != list(cache.path[:1]):

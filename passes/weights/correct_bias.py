@@ -53,6 +53,8 @@ class CorrectBias(Pass):
         report = PassReport()
         plan, statistics = ctx.artifacts.get(PLAN), ctx.artifacts.get(STATISTICS)
         rounded = ctx.artifacts.get(ROUNDED) if ROUNDED in ctx.artifacts else RoundedWeights()
+        if not plan.sites:
+            report.skip("the plan", "has no layer whose bias could be corrected")
         for linear in analyze(model).linears:
             site = plan.sites.get(linear.name)
             bias = linear.b

@@ -262,6 +262,7 @@ def test_running_it_twice_changes_nothing_more(decoder):
     once = apply(decoder, QuantizeKv())
     twice = apply(once.model, QuantizeKv())
     assert not report_of(twice, "quantize-kv").changed
+    assert "in codes already" in reasons(report_of(twice, "quantize-kv"))
 
 
 @pytest.mark.parametrize(
