@@ -54,7 +54,7 @@ class Case:
         name: for ``--cases``.
         label: for people.
         passes: behind the transform.
-        transform: name of one of ``TRANSFORMS``.
+        transform: name of one of ``TRANSFORMS``, or a pipeline text.
         table: the table that it belongs to.
         peer: not made by onnxq.
     """
@@ -65,6 +65,11 @@ class Case:
     transform: str = "none"
     table: str = "static"
     peer: bool = False
+
+    @property
+    def before(self) -> str:
+        """Pipeline text of the transform."""
+        return TRANSFORMS.get(self.transform, self.transform)
 
 
 CLEAN = "canonicalize{opset=21}"
@@ -254,7 +259,7 @@ def make(setup: Setup, case: Case) -> tuple[Path, dict[str, float]]:
 
         quantize_dynamic(setup.source, path, per_channel=True, weight_type=QuantType.QInt8)
         return path, {"share": 100.0}
-    base, before = transformed(setup, TRANSFORMS[case.transform])
+    base, before = transformed(setup, case.before)
     result, figures = run_passes(setup, base, case.passes, path)
     figures["seconds"] += before["seconds"]
     figures["peak"] = max(figures["peak"], before["peak"])
@@ -366,7 +371,7 @@ def measure(setup: Setup, cases: Sequence[Case]) -> Iterator[Row]:
     exact = 0.0
     for case in cases:
         row = Row(case.name, case.label, not case.peer)
-        text = f"{case.name} {TRANSFORMS[case.transform]} {case.passes} {setup.windows}"
+        text = f"{case.name} {case.before} {case.passes} {setup.windows}"
         kept = setup.cache / f"row-{key_of(setup, text)}.json"
         context = multiprocessing.get_context("spawn")
         try:
@@ -387,13 +392,11 @@ def seed_cases(count: int) -> list[Case]:
     """Random Hadamard rotations of ``count`` seeds, and the one learned from the first."""
     cases = [CASES[0]]
     for seed in range(count):
-        name = f"random-{seed}"
-        TRANSFORMS[name] = f"{CLEAN}, fold-norm, rotate{{seed={seed}}}, online-hadamard"
-        cases.append(Case(name, f"random Hadamard, seed {seed}", SEED_PASSES, name, "w4a4"))
-    TRANSFORMS["learned-0"] = (
-        f"{CLEAN}, fold-norm, calibrate, learn-rotation{{seed=0}}, online-hadamard"
-    )
-    return [*cases, Case("learned-0", "learned from seed 0", SEED_PASSES, "learned-0", "w4a4")]
+        rotated = f"{CLEAN}, fold-norm, rotate{{seed={seed}}}, online-hadamard"
+        label = f"random Hadamard, seed {seed}"
+        cases.append(Case(f"random-{seed}", label, SEED_PASSES, rotated, "w4a4"))
+    learned = f"{CLEAN}, fold-norm, calibrate, learn-rotation{{seed=0}}, online-hadamard"
+    return [*cases, Case("learned-0", "learned from seed 0", SEED_PASSES, learned, "w4a4")]
 
 
 def print_speed(setup: Setup, rounds: int) -> None:

@@ -85,7 +85,7 @@ def test_every_row_is_a_pipeline_that_validates(benchmark: Any) -> None:
     assert len(names) == len(set(names))
     for case in benchmark.CASES:
         if not case.peer:
-            validate(parse(f"{benchmark.TRANSFORMS[case.transform]}, {case.passes}"))
+            validate(parse(f"{case.before}, {case.passes}"))
 
 
 def test_an_unknown_case_is_refused() -> None:
@@ -112,3 +112,19 @@ def test_quick_prints_complete_rows(stories: Path) -> None:
     assert {row["case"] for row in rows} >= {"naive perplexity", "best perplexity", "best share"}
     for row in rows:
         assert {"case", "ours", "peer", "peer_name", "ratio", "unit"} <= set(row)
+
+
+@pytest.mark.slow
+def test_seeds_and_speed_print_their_summaries(stories: Path) -> None:
+    for options, wanted in (
+        (["--seeds", "2"], "W4A4 RTN, 2 random seeds: mean"),
+        (["--speed"], "smooth-rotate: "),
+    ):
+        done = subprocess.run(
+            [sys.executable, str(FOLDER / "llm_activations.py"), "--quick", *options],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert wanted in done.stdout
