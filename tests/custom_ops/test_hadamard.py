@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx.parser
+import onnx_ir as ir
 import pytest
 from scipy.linalg import hadamard as sylvester
 
+from onnxq import custom_ops
 from onnxq.errors import DataError
 from onnxq.runtime import Library, session
 from onnxq.solvers.hadamard import hadamard_matrix, transform
@@ -86,3 +89,31 @@ def test_wrong_attributes_are_refused(
             attribute.CopyFrom(onnx.helper.make_attribute(name, value))
     with pytest.raises(DataError, match="com.onnxq:Hadamard: .*" + message):
         session(model.SerializeToString(), threads=1, library=library.path)
+
+
+def test_extents_that_are_not_known_stay_unknown_behind_the_kernel(library: Library) -> None:
+    """Behind shapes that only the run knows, a Shape node must not read -1 as a number."""
+    body = """g (float[N, S, 8] x, int64[3] sizes) => (float[A, B, C, D] y) {
+      one = Constant <value_floats = [1.0]> ()
+      square = Constant <value_ints = [1, 1]> ()
+      core = Reshape (one, square)
+      r = Reshape (x, sizes)
+      h = com.onnxq.Hadamard <block = 8, scale = 0.5> (r, core)
+      head = Shape <end = -1> (h)
+      parts = Constant <value_ints = [2, 4]> ()
+      whole = Concat <axis = 0> (head, parts)
+      y = Reshape (h, whole)
+    }"""
+    model = ir.from_proto(
+        onnx.parser.parse_model(
+            f'<ir_version: 10, opset_import: ["" : 21, "com.onnxq" : 1]>\n{body}'
+        )
+    )
+    custom_ops.attach(model, "Hadamard")
+    data = ir.to_proto(model).SerializeToString()
+    x = np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)
+    feeds = {"x": x, "sizes": np.array([3, 2, 8])}
+    for with_kernels in (True, False):
+        (y,) = session(data, library=with_kernels).run(None, feeds)
+        assert y.shape == (3, 2, 2, 4)
+        np.testing.assert_allclose(y.reshape(6, 8), x.reshape(6, 8) @ sylvester(8) / 2, atol=1e-5)
