@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from onnxq.errors import SpecError
+from onnxq.errors import SpecError, UnsupportedError
 from onnxq.passes.contract import Pass
 from onnxq.passes.decide.assign import Assign
 from onnxq.passes.decide.calibrate import Calibrate
@@ -64,6 +64,18 @@ def test_every_solver_beats_rounding_to_nearest_and_gptq_is_best() -> None:
     assert gptq < opt < nearest
 
 
+def test_the_clip_search_sees_correlations() -> None:
+    two = Assign(mode="weight-only", weights="uint2", block=32, symmetric_weights=False)
+    assert error_of(two, OptRtn(clip=True)) < 0.95 * error_of(two, OptRtn()) < error_of(two)
+
+
+def test_error_diffusion_of_mx_blocks() -> None:
+    mx = Assign(mode="weight-only", weights="mxfp4")
+    assert error_of(mx, Gpfq(refresh=True)) < 0.8 * error_of(mx)
+    with pytest.raises(UnsupportedError, match=r"m: .*refresh=true"):
+        error_of(W4, Gpfq(refresh=True))
+
+
 def test_a_gemm_with_a_transposed_weight_is_rounded_alike() -> None:
     transposed = {"w": np.ascontiguousarray(WEIGHTS["w"].T), "b": WEIGHTS["b"]}
     plain, turned = error_of(W4, Gptq()), error_of(W4, Gptq(), body=GEMM, weights=transposed)
@@ -75,13 +87,16 @@ def test_channel_scales_of_static_int8_are_rounded_too() -> None:
 
 
 def test_targets_without_packed_operators_get_positive_scales() -> None:
-    model = model_of(MATMUL, WEIGHTS, opset=21)
-    result = apply(model, Calibrate(), W4, Gptq(), Qdq(), samples=SAMPLES, target="openvino")
+    body = f"g (float[20,128] x) => (float[20,{N}] y) {{ m = MatMul(x, w)  y = Add(m, b) }}"
+    samples = [{"x": normal(20, 128, seed=seed)} for seed in range(16)]
+    model = model_of(body, {"w": normal(128, N, seed=1), "b": normal(N, seed=2)}, opset=21)
+    blocks = Assign(mode="weight-only", weights="int4", block=64)
+    result = apply(model, Calibrate(), blocks, Gptq(), Qdq(), samples=samples, target="tensorrt")
     scales = [v for name, v in result.model.graph.initializers.items() if name.endswith("_scale")]
     assert len(scales) == 1
     assert (scales[0].const_value.numpy() > 0).all()  # type: ignore[union-attr]
-    error = relative_error(run(model, SAMPLES[0])["y"], run(result.model, SAMPLES[0])["y"])
-    assert error < 0.1
+    error = relative_error(run(model, samples[0])["y"], run(result.model, samples[0])["y"])
+    assert error < 0.2
 
 
 def test_the_report_states_the_error_that_was_left() -> None:
