@@ -150,6 +150,17 @@ void LinearInput::Rescale(const IntegerKernels& kernels, int64_t first, int64_t 
   kernels.rescale_columns(widened, factors, n, low, high, out);
 }
 
+void LinearInput::Requantize(const IntegerKernels& kernels, int64_t first, int64_t n,
+                             int32_t zero_point, int32_t low, int32_t high, int bytes,
+                             void* out) const {
+  const int64_t column = first % columns_;
+  const ColumnFactors factors = {Factor(0, column), Factor(1, column), Factor(2, column)};
+  int32_t widened[kIntegerBlock];
+  if (wide_ == nullptr) kernels.widen16(narrow_ + first, n, widened);
+  const int32_t* const x = wide_ == nullptr ? widened : wide_ + first;
+  kernels.requantize(x, factors, n, zero_point, low, high, bytes, out);
+}
+
 // Requantize
 // ---------------------------------------------------------------------------------------
 
@@ -178,10 +189,7 @@ ort::OrtStatus* Requantize<type>::Compute(const Api& api, ort::OrtKernelContext*
   ONNXQ_RETURN_IF_ERROR(MakeOutput(api, context, 0, input.shape(), &y));
   T* const out = static_cast<T*>(y);
   return ForBlocks(api, context, input, [&](int64_t first, int64_t n) {
-    int32_t block[kIntegerBlock];
-    input.Rescale(*kernels_, first, n, low_ - zero_point, high_ - zero_point, block);
-    for (int64_t i = 0; i < n; ++i) block[i] += zero_point;
-    Narrow(*kernels_, block, n, out + first);
+    input.Requantize(*kernels_, first, n, zero_point, low_, high_, sizeof(T), out + first);
   });
 }
 

@@ -62,6 +62,9 @@ struct IntegerKernels {
   // out = clip(round((x + bias) * factor), low, high) for n <= kIntegerBlock columns.
   void (*rescale_columns)(const int32_t* x, const ColumnFactors& factors, int64_t n, int32_t low,
                           int32_t high, int32_t* out);
+  // The same plus zero_point, written in `bytes` (1 or 2) a column, modulo 2^8 or 2^16.
+  void (*requantize)(const int32_t* x, const ColumnFactors& factors, int64_t n, int32_t zero_point,
+                     int32_t low, int32_t high, int bytes, void* out);
   void (*rescale)(const int32_t* x, int64_t n, const Rescale& how, int32_t* out);
   void (*exponential)(const int32_t* x, int64_t n, const ExpConstants& constants, int32_t* out);
   void (*erf)(const int32_t* x, int64_t n, const ErfConstants& constants, int32_t* out);

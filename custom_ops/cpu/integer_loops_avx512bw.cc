@@ -37,19 +37,43 @@ __m512i Scale64(__m512i x, __m512i multiplier, __m512i shift) {
   return _mm512_srav_epi64(_mm512_add_epi64(_mm512_mul_epi32(x, multiplier), half), shift);
 }
 
-void RescaleColumns512(const int32_t* x, const ColumnFactors& factors, int64_t n, int32_t low,
-                       int32_t high, int32_t* out) {
-  const __m512i lowest = _mm512_set1_epi64(low);
-  const __m512i highest = _mm512_set1_epi64(high);
-  const __m512i low_half = _mm512_set1_epi64(0xFFFFFFFF);
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const __mmask16 mask = Tail(n - i);
+// What RescaleColumns512 computes, at column i.
+struct Columns512 {
+  __m512i lowest;
+  __m512i highest;
+
+  __m512i Of(const int32_t* x, const ColumnFactors& factors, int64_t i, __mmask16 mask) const {
+    const __m512i low_half = _mm512_set1_epi64(0xFFFFFFFF);
     const __m512i total = _mm512_add_epi32(Load(x + i, mask), Load(factors.bias + i, mask));
     const __m512i multiplier = Load(factors.multiplier + i, mask);
     const __m512i shift = Load(factors.shift + i, mask);
     const __m512i even = Scale64(total, multiplier, _mm512_and_si512(shift, low_half));
     const __m512i odd = Scale64(OddOf(total), OddOf(multiplier), OddOf(shift));
-    Store(out + i, mask, Interleave(Clamp64(even, lowest, highest), Clamp64(odd, lowest, highest)));
+    return Interleave(Clamp64(even, lowest, highest), Clamp64(odd, lowest, highest));
+  }
+};
+
+void RescaleColumns512(const int32_t* x, const ColumnFactors& factors, int64_t n, int32_t low,
+                       int32_t high, int32_t* out) {
+  const Columns512 columns = {_mm512_set1_epi64(low), _mm512_set1_epi64(high)};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const __mmask16 mask = Tail(n - i);
+    Store(out + i, mask, columns.Of(x, factors, i, mask));
+  }
+}
+
+void Requantize512(const int32_t* x, const ColumnFactors& factors, int64_t n, int32_t zero_point,
+                   int32_t low, int32_t high, int bytes, void* out) {
+  const Columns512 columns = {_mm512_set1_epi64(int64_t{low} - zero_point),
+                              _mm512_set1_epi64(int64_t{high} - zero_point)};
+  const __m512i zero = _mm512_set1_epi32(zero_point);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const __mmask16 mask = Tail(n - i);
+    const __m512i y = _mm512_add_epi32(columns.Of(x, factors, i, mask), zero);
+    if (bytes == 1)
+      _mm512_mask_cvtepi32_storeu_epi8(static_cast<int8_t*>(out) + i, mask, y);
+    else
+      _mm512_mask_cvtepi32_storeu_epi16(static_cast<int16_t*>(out) + i, mask, y);
   }
 }
 
@@ -233,6 +257,7 @@ void Norm512(const int16_t* x, int64_t n, const int32_t* multiplier, const int64
 constexpr IntegerKernels Vectorized() {
   IntegerKernels kernels = kGenericLoops;
   kernels.rescale_columns = RescaleColumns512;
+  kernels.requantize = Requantize512;
   kernels.rescale = RescaleAll512;
   kernels.softmax = Softmax512;
   kernels.norm = Norm512;

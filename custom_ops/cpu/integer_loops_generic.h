@@ -277,9 +277,18 @@ inline void AddClipped(const int32_t* __restrict a, const int32_t* __restrict b,
   for (int64_t i = 0; i < n; ++i) out[i] = static_cast<int16_t>(std::clamp(a[i] + b[i], low, high));
 }
 
+inline void RequantizeColumns(const int32_t* x, const ColumnFactors& factors, int64_t n,
+                              int32_t zero_point, int32_t low, int32_t high, int bytes, void* out) {
+  int32_t block[kIntegerBlock];
+  RescaleColumns(x, factors, n, low - zero_point, high - zero_point, block);
+  for (int64_t i = 0; i < n; ++i) block[i] += zero_point;
+  bytes == 1 ? Narrow8(block, n, out) : Narrow16(block, n, static_cast<int16_t*>(out));
+}
+
 constexpr IntegerKernels kGenericLoops = {
-    RescaleColumns, RescaleAll, Exponential, Erf,     Gelu,     Silu,       Softmax,
-    Norm,           Widen8,     Widen16,     Narrow8, Narrow16, AddClipped,
+    RescaleColumns, RequantizeColumns, RescaleAll, Exponential, Erf,     Gelu,
+    Silu,           Softmax,           Norm,       Widen8,      Widen16, Narrow8,
+    Narrow16,       AddClipped,
 };
 
 }  // namespace

@@ -60,6 +60,9 @@ class LinearInput {
   // Elements `first` to `first + n`, all of one row and at most a block, rescaled.
   void Rescale(const IntegerKernels& kernels, int64_t first, int64_t n, int32_t low, int32_t high,
                int32_t* out) const;
+  // The same plus zero_point, written in `bytes` a column.
+  void Requantize(const IntegerKernels& kernels, int64_t first, int64_t n, int32_t zero_point,
+                  int32_t low, int32_t high, int bytes, void* out) const;
   // The end of the block that starts at `first`, not beyond `last`.
   int64_t BlockEnd(int64_t first, int64_t last) const;
 
