@@ -81,6 +81,14 @@ def test_minilm_beats_the_hand_tuned_peer_in_accuracy(shared: Path) -> None:
 
 
 @pytest.mark.slow
+def test_packed_formats_run_on_a_model(shared: Path) -> None:
+    rows = rows_of("packed_formats.py")
+    assert figure(rows, "packed int8 cosine", "fp32")["ours"] > 0.99
+    assert figure(rows, "packed int8 size", "fp32")["ratio"] > 3.8
+    assert figure(rows, "packed w4a4-mxfp4 cosine", "fp32")["ours"] > 0.9
+
+
+@pytest.mark.slow
 def test_efficientnet_shrinks(shared: Path) -> None:
     rows = rows_of("efficientnet_w8a8.py", "--threads", "1")
     shrink = figure(rows, "efficientnet-model.onnx w8a8 shrink", "fp32")

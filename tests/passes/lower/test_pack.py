@@ -79,6 +79,24 @@ def test_both_layers_are_packed_and_run_as_kernel_and_as_body(
     assert h.relative_error(body, with_kernels(after)) < BODY_ERROR
 
 
+@pytest.mark.parametrize(
+    ("weights", "bits"),
+    [("int8", 8), ("int6", 6), ("int4", 4), ("int3", 3), ("int2", 2), ("fp8e4m3", 8),
+     ("fp8e5m2", 8), ("mxfp8e4m3", 8), ("mxfp6e2m3", 6), ("mxfp6e3m2", 6), ("mxfp4", 4),
+     ("mxint8", 8), ("nvfp4", 4), ("nf4g32", 4), ("ternary", 2), ("binary", 1), ("seq2", 2)],
+)  # fmt: skip
+def test_every_format_takes_its_bits_and_runs(weights: str, bits: int) -> None:
+    block = 0 if weights.startswith(("mx", "nv", "nf")) else 32
+    after = h.apply(model(), Assign(mode="weight-only", weights=weights, block=block), Pack()).model
+    codes = [v.const_value for name, v in after.graph.initializers.items() if "_codes" in name]
+    assert len(codes) == 2
+    # Whole panels of 32 columns and steps of four k, and not a bit more.
+    padded = -(-H // 32) * 32 * K + -(-N // 32) * 32 * H
+    assert sum(tensor.nbytes for tensor in codes if tensor is not None) * 8 == padded * bits
+    body = h.run(after, X)["y"]
+    assert h.relative_error(body, with_kernels(after)) < BODY_ERROR
+
+
 def test_outliers_stay_float() -> None:
     """A column 200 times as large: apart, it no longer takes the steps of the others."""
     x = {"x": X["x"].copy()}
