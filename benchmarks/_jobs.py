@@ -78,6 +78,47 @@ def onnxq_passes(options: Options) -> dict[str, Any]:
     return {"changed": sum(len(step.report.changed) for step in result.reports)}
 
 
+def onnxq_rounded(options: Options) -> None:
+    """The float graph with the values that weights are rounded to: as ``onnxq_passes``.
+
+    What `qdq` writes computes with the same weights; formats that no kernel of onnxruntime knows
+    are decoded by standard operators there, at every run.
+    """
+    import dataclasses
+
+    import onnxq
+    from onnxq.calibration.data import open_data
+    from onnxq.formats import IntFormat, parse_format
+    from onnxq.graph import io
+    from onnxq.graph.match import analyze
+    from onnxq.passes.keys import PLAN, ROUNDED
+    from onnxq.passes.lower.weights import to_nearest
+    from onnxq.passes.transform.folding import put_weight
+    from onnxq.passes.weights.rounded import RoundedWeights
+    from onnxq.passes.weights.rounding import rows_of
+
+    model = io.load(options["model"])
+    data = open_data(options["feeds"], model) if options.get("feeds") else None
+    steps = options["passes"].removesuffix(", qdq")
+    result = onnxq.Pipeline(steps).run(model, data=data, verify=False)
+    plan = result.artifacts.get(PLAN)
+    known = ROUNDED in result.artifacts
+    rounded = result.artifacts.get(ROUNDED) if known else RoundedWeights()
+    for layer in analyze(result.model).linears:
+        site = plan.sites.get(layer.name)
+        if site is None or site.weight is None:
+            continue
+        weight = rounded.get(layer.name)
+        if weight is None:
+            fmt = parse_format(site.weight.format)
+            if isinstance(fmt, IntFormat):
+                scheme = "sym" if site.weight.symmetric else "asym"
+                fmt = dataclasses.replace(fmt, block=0, scheme=scheme)
+            weight = to_nearest(rows_of(layer), fmt, site.weight)
+        put_weight(layer, weight.values().T.astype("float64"))
+    io.save(result.model, options["out"])
+
+
 def onnxq_calibrate(options: Options) -> None:
     """Collect statistics and choose ranges, nothing else: ``model``, ``method``, ``feeds``."""
     import onnxq
@@ -209,7 +250,8 @@ class _Reader:
 JOBS: dict[str, Job] = {
     job.__name__: job
     for job in (
-        build_model, write_feeds, write_image_feeds, onnxq_run, onnxq_passes, onnxq_calibrate,
+        build_model, write_feeds, write_image_feeds, onnxq_run, onnxq_passes, onnxq_rounded,
+        onnxq_calibrate,
         ort_calibrate, ort_dynamic, ort_prepare, ort_static, ort_w4,
     )
 }  # fmt: skip
