@@ -5,6 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import ClassVar
 
@@ -253,3 +257,37 @@ class _Known(Pass):
     def run(self, model: ir.Model, ctx: Context) -> PassReport:
         ctx.artifacts.put(SENSITIVITY, Sensitivities("sqnr", {"m0": Score(10.0)}))
         return PassReport()
+
+
+KILLED = """
+import sys, time
+from onnxq.passes.decide.measure import PlanMeter
+from tests.passes.decide.test_sensitivity import Sensitivity, go
+
+score = PlanMeter.score
+
+def slowly(self, outputs):
+    time.sleep(0.3)
+    return score(self, outputs)
+
+PlanMeter.score = slowly
+go(Sensitivity(cache=sys.argv[1]))
+"""
+
+
+def test_a_process_that_was_killed_is_gone_on_with(tmp_path: Path) -> None:
+    cache = tmp_path / "cache.jsonl"
+    root = Path(__file__).resolve().parents[3]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
+    child = subprocess.Popen([sys.executable, "-c", KILLED, str(cache)], env=environment, cwd=root)
+    try:
+        while not cache.exists() or len(cache.read_text().splitlines()) < 3:
+            assert child.poll() is None, "it ended before it could be killed"
+            time.sleep(0.05)
+    finally:
+        child.kill()
+        child.wait()
+    assert len(cache.read_text().splitlines()) < 1 + LAYERS
+    resumed = go(Sensitivity(cache=str(cache)))
+    assert resumed.artifacts.get(SENSITIVITY) == go(Sensitivity()).artifacts.get(SENSITIVITY)
+    assert not report_of(resumed, "sensitivity").notes[0].startswith("2 samples, 0 of")
