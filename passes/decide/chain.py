@@ -12,8 +12,8 @@ operator computes the same in both.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Final
@@ -37,7 +37,7 @@ SITES_A_SEGMENT: Final = 8
 
 
 def measure_each(
-    meter: PlanMeter, model: ir.Model, plan: QuantPlan, sites: Sequence[str], pool: Executor
+    meter: PlanMeter, model: ir.Model, plan: QuantPlan, sites: Sequence[str]
 ) -> Iterator[tuple[str, Score]]:
     """The score of each site quantized alone, in graph order.
 
@@ -46,13 +46,17 @@ def measure_each(
         model: in float; it is not changed.
         plan: what the sites are quantized by.
         sites: to measure, each once.
-        pool: threads that measure sites of one segment at the same time.
     """
-    places = _places(model, plan)
-    ordered = sorted(sites, key=places.__getitem__)
+    ordered, places = in_order(model, plan, sites)
     cuts = _Cuts(model, meter.samples[0])
     stores: list[Feeds] = [dict(sample) for sample in meter.samples]
     begin = -1
+    nodes = {name: at for at, name in enumerate(site_names(model.graph).values())}
+    if ordered and nodes[ordered[0]] > 0:
+        with Workspace() as workspace, contextlib.suppress(_CannotCutError):
+            end = nodes[ordered[0]] - 1
+            stores = _Segment(meter, cuts, workspace, stores, begin, end).advance()
+            begin = end
     for at in range(0, len(ordered), SITES_A_SEGMENT):
         group = ordered[at : at + SITES_A_SEGMENT]
         end = places[group[-1]]
@@ -60,19 +64,20 @@ def measure_each(
             try:
                 segment = _Segment(meter, cuts, workspace, stores, begin, end)
             except _CannotCutError:
-                yield from _measure_whole(meter, plan, ordered[at:], pool)
+                for site in ordered[at:]:
+                    yield site, meter.measure(with_only(plan, site))
                 return
-            alone = (with_only(plan, site) for site in group)
-            yield from zip(group, pool.map(segment.score, alone), strict=True)
+            for site in group:
+                yield site, segment.score(with_only(plan, site))
             stores, begin = segment.advance(), end
 
 
-def _measure_whole(
-    meter: PlanMeter, plan: QuantPlan, sites: Sequence[str], pool: Executor
-) -> Iterator[tuple[str, Score]]:
-    """The same without cuts, for graphs that cannot be cut."""
-    alone = (with_only(plan, site) for site in sites)
-    yield from zip(sites, pool.map(meter.measure, alone), strict=True)
+def in_order(
+    model: ir.Model, plan: QuantPlan, sites: Sequence[str]
+) -> tuple[list[str], dict[str, int]]:
+    """``sites`` in graph order, and where each planned site ends."""
+    places = _places(model, plan)
+    return sorted(sites, key=places.__getitem__), places
 
 
 def _places(model: ir.Model, plan: QuantPlan) -> dict[str, int]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,8 +22,8 @@ import onnx_ir as ir
 from onnxq.errors import DataError, SpecError
 from onnxq.graph.identity import fingerprint
 from onnxq.passes.contract import Context, Key, Pass, PassReport
-from onnxq.passes.decide.chain import measure_each
-from onnxq.passes.decide.measure import Feeds, Metric, PlanMeter, Score
+from onnxq.passes.decide.measure import Feeds, Metric, Score
+from onnxq.passes.decide.measure_sites import Work, measure_sites
 from onnxq.passes.keys import PLAN, ROUNDED
 from onnxq.passes.plan import QuantPlan
 
@@ -66,7 +65,6 @@ class Sensitivity(Pass):
         metric: ``sqnr`` of the outputs, ``kl`` of the softmax of logits, or ``perplexity`` of
             next tokens.
         samples: calibration samples to run; every layer costs one run of each.
-        workers: layers measured at the same time, one thread pool each.
         cache: file of findings so far; empty for none.
     """
 
@@ -80,13 +78,11 @@ class Sensitivity(Pass):
 
     metric: Metric = "sqnr"
     samples: int = 2
-    workers: int = 1
     cache: str = ""
 
     def __post_init__(self) -> None:
-        for name, value in (("samples", self.samples), ("workers", self.workers)):
-            if value < 1:
-                raise SpecError("SPEC-RANGE", f"{name}={value} is below 1")
+        if self.samples < 1:
+            raise SpecError("SPEC-RANGE", f"samples={self.samples} is below 1")
 
     def run(self, model: ir.Model, ctx: Context) -> PassReport:
         """Measure, worst layer first in the report."""
@@ -106,14 +102,11 @@ class Sensitivity(Pass):
         missing = [site for site in sites if site not in scores]
         rounded = ctx.artifacts.get(ROUNDED) if ROUNDED in ctx.artifacts else None
         if missing:
-            with (
-                PlanMeter(model, ctx, samples, self.metric, rounded) as meter,
-                ThreadPoolExecutor(self.workers) as pool,
-            ):
-                for site, score in measure_each(meter, model, plan, missing, pool):
-                    cache.add(site, score)
-                    scores[site] = score
-                    ctx.progress("sensitivity", len(scores), len(sites))
+            work = Work(model, plan, samples, self.metric, rounded, ctx.target, ctx.threads)
+            for site, score in measure_sites(work, missing, ctx):
+                cache.add(site, score)
+                scores[site] = score
+                ctx.progress("sensitivity", len(scores), len(sites))
         found = Sensitivities(self.metric, {site: scores[site] for site in sites})
         ctx.artifacts.put(SENSITIVITY, found)
         for site in found.worst_first():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -91,8 +90,11 @@ def scores(
     )
     sites = [s.site for s in plan.sites.values() if s.kind != "op"]
     assert len(sites) > 2
-    with PlanMeter(made.model, ctx, samples, metric, None) as meter, ThreadPoolExecutor(2) as pool:
-        cut = dict(chain.measure_each(meter, made.model, plan, sites, pool))
+    with PlanMeter(made.model, ctx, samples, metric, None) as meter:
+        cut = dict(chain.measure_each(meter, made.model, plan, sites))
+        assert dict(chain.measure_each(meter, made.model, plan, sites[-2:])) == {
+            site: cut[site] for site in sites[-2:]
+        }
         whole = {site: meter.measure(with_only(plan, site)) for site in sites}
     return cut, whole
 
@@ -148,7 +150,7 @@ def test_what_lies_before_a_segment_is_run_once(monkeypatch):
     ctx = Context(
         DeclaredArtifacts(Artifacts(), owner), parse_target("cpu"), data, data, made.model
     )
-    with PlanMeter(made.model, ctx, samples, "sqnr", None) as meter, ThreadPoolExecutor(1) as pool:
-        list(chain.measure_each(meter, made.model, plan, ["n0", "n1", "n3", "n4"], pool))
+    with PlanMeter(made.model, ctx, samples, "sqnr", None) as meter:
+        list(chain.measure_each(meter, made.model, plan, ["n0", "n1", "n3", "n4"]))
     assert len(seen) == 8  # all; two segments of: float, rest (the last has none), two sites
     assert all("n0" not in names for names in seen[5:])

@@ -16,8 +16,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from onnxq.calibration.data import open_data
 from onnxq.errors import DataError, PipelineError, QualityError, SpecError
 from onnxq.passes.contract import Context, Curve, Pass, PassReport
+from onnxq.passes.decide import measure_sites
 from onnxq.passes.decide.assign import Assign
 from onnxq.passes.decide.calibrate import Calibrate
 from onnxq.passes.decide.measure import Score
@@ -25,7 +27,9 @@ from onnxq.passes.decide.partial import Partial
 from onnxq.passes.decide.sensitivity import SENSITIVITY, Sensitivities, Sensitivity
 from onnxq.passes.keys import PLAN
 from onnxq.passes.lower.qdq import Qdq
-from onnxq.pipeline.runner import RunResult
+from onnxq.passes.weights.gptq import Gptq
+from onnxq.pipeline.executors import open_executor
+from onnxq.pipeline.runner import Pipeline, RunResult
 from tests.passes.helpers import apply, model_of, normal, report_of, run
 
 LAYERS = 5
@@ -85,10 +89,8 @@ def test_each_score_is_that_of_the_layer_quantized_alone() -> None:
         assert found.scores[site].sqnr_db == pytest.approx(measured(others), abs=0.01)
 
 
-def test_workers_and_storage_change_nothing() -> None:
+def test_storage_changes_nothing() -> None:
     one = go(Sensitivity()).artifacts.get(SENSITIVITY)
-    two = go(Sensitivity(workers=2)).artifacts.get(SENSITIVITY)
-    assert one == two
     assert Sensitivities.from_storage(*one.to_storage()) == one
 
 
@@ -207,7 +209,7 @@ def test_bad_options_and_order() -> None:
         with pytest.raises(SpecError):
             Partial(**options)  # type: ignore[arg-type]
     with pytest.raises(SpecError):
-        Sensitivity(workers=0)
+        Sensitivity(samples=0)
     with pytest.raises(PipelineError, match="sensitivity"):
         go(Partial(min_sqnr=1.0))
 
@@ -291,3 +293,15 @@ def test_a_process_that_was_killed_is_gone_on_with(tmp_path: Path) -> None:
     resumed = go(Sensitivity(cache=str(cache)))
     assert resumed.artifacts.get(SENSITIVITY) == go(Sensitivity()).artifacts.get(SENSITIVITY)
     assert not report_of(resumed, "sensitivity").notes[0].startswith("2 samples, 0 of")
+
+
+@pytest.mark.parametrize("solver", [[], [Gptq()]], ids=["nearest", "gptq"])
+def test_other_processes_find_the_same_numbers(solver: list[Pass], monkeypatch) -> None:
+    monkeypatch.setattr(measure_sites, "_SITES_A_TASK", 2)
+    alone = go(*solver, Sensitivity()).artifacts.get(SENSITIVITY)
+    data = open_data(SAMPLES, chain())
+    with open_executor(2) as executor:
+        result = Pipeline([*HEAD, *solver, Sensitivity()]).run(
+            chain(), data=data, holdout=data, verify=False, executor=executor
+        )
+    assert result.artifacts.get(SENSITIVITY) == alone
