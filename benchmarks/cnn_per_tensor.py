@@ -99,7 +99,8 @@ def main() -> None:
     if arguments.json:
         for row in rows[3:]:
             common.emit(common.compare_rows(row.name, row, rows[1:3], COLUMNS))
-    elif arguments.markdown:
+        return
+    if arguments.markdown:
         print(common.markdown_table(rows, COLUMNS))
     else:
         common.print_table(f"EfficientNet-lite0, W8A8; {common.machine()}", rows, COLUMNS)
