@@ -42,6 +42,18 @@ ONNXQ_HD uint32_t NeighboursInHalves(uint32_t word) {
 #endif
 }
 
+// (v & mask) | set, which nvcc would not join into one instruction when both are constants.
+template <uint32_t mask, uint32_t set>
+ONNXQ_HD uint32_t MaskAndSet(uint32_t v) {
+#if defined(__CUDA_ARCH__)
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(v), "n"(mask), "n"(set));
+  return result;
+#else
+  return (v & mask) | set;
+#endif
+}
+
 template <int left>
 ONNXQ_HD uint32_t ShiftLeft(uint32_t v) {
   if constexpr (left >= 0) {
@@ -73,8 +85,8 @@ struct Affine4<Half> {
     uint32_t s = NeighboursInHalves(word);
     ONNXQ_UNROLL
     for (int j = 0; j < 2; ++j, s >>= 8) {
-      pairs[j] = PairSub<Half>((s & 0x000f000fU) | kMagic, columns[0]);
-      pairs[2 + j] = PairFma<Half>((s & 0x00f000f0U) | kMagic, kSixteenth, columns[1]);
+      pairs[j] = PairSub<Half>(MaskAndSet<0x000f000fU, kMagic>(s), columns[0]);
+      pairs[2 + j] = PairFma<Half>(MaskAndSet<0x00f000f0U, kMagic>(s), kSixteenth, columns[1]);
     }
   }
 };
@@ -90,7 +102,7 @@ struct Affine4<Bfloat> {
     ONNXQ_UNROLL
     for (int j = 0; j < 4; ++j, s >>= 4) {
       // Two steps: 128 + z need not be a bfloat16.
-      const uint32_t code = PairSub<Bfloat>((s & 0x000f000fU) | kMagic, kMagic);
+      const uint32_t code = PairSub<Bfloat>(MaskAndSet<0x000f000fU, kMagic>(s), kMagic);
       pairs[j / 2 + j % 2 * 2] = PairSub<Bfloat>(code, columns[j % 2]);
     }
   }
@@ -107,8 +119,8 @@ struct Affine8<Half> {
   ONNXQ_HD static void Decode(uint32_t word, const uint32_t* columns, uint32_t* pairs) {
     constexpr uint32_t kMagic = 0x64006400U;
     const uint32_t s = NeighboursInHalves(word);
-    pairs[0] = PairSub<Half>((s & 0x00ff00ffU) | kMagic, columns[0]);
-    pairs[1] = PairSub<Half>((s >> 8 & 0x00ff00ffU) | kMagic, columns[0]);
+    pairs[0] = PairSub<Half>(MaskAndSet<0x00ff00ffU, kMagic>(s), columns[0]);
+    pairs[1] = PairSub<Half>(MaskAndSet<0x00ff00ffU, kMagic>(s >> 8), columns[0]);
   }
 };
 
@@ -122,7 +134,7 @@ struct Affine8<Bfloat> {
     uint32_t s = NeighboursInHalves(word);
     ONNXQ_UNROLL
     for (int j = 0; j < 2; ++j, s >>= 8) {
-      const uint32_t low = PairSub<Bfloat>((s & 0x007f007fU) | kMagic, kMagic);
+      const uint32_t low = PairSub<Bfloat>(MaskAndSet<0x007f007fU, kMagic>(s), kMagic);
       const uint32_t top = s << 7 & 0x40004000U;                     // 2 where bit 7 is set
       const uint32_t code = PairFma<Bfloat>(top, 0x42804280U, low);  // 64
       pairs[j] = PairSub<Bfloat>(code, columns[0]);

@@ -118,7 +118,8 @@ inline Plan PlanQuantMatMul(const QuantMatMulArgs& a, WeightKind kind, int eleme
     return plan;
   }
   if (!tensor_cores) return plan;
-  if (a.m > kGemvRows && TileTakes(a)) {
+  const bool many_scales = GemvSharedBytes(a) > kMaxGemvSharedBytes;
+  if ((a.m > kGemvRows || many_scales) && TileTakes(a)) {
     plan.route = Route::kTile;
     plan.row_tiles = a.m <= 16 ? 2 : a.m <= 32 ? 4 : 8;
     plan.shared_bytes =
@@ -133,8 +134,10 @@ inline Plan PlanQuantMatMul(const QuantMatMulArgs& a, WeightKind kind, int eleme
     if (plan.splits > 1) plan.scratch_bytes = int64_t{plan.splits} * a.m * a.n * 4;
     return plan;
   }
-  plan.shared_bytes = GemvSharedBytes(a);
-  if (plan.shared_bytes <= kMaxGemvSharedBytes) plan.route = Route::kGemv;
+  if (a.k % 4 == 0 && GemvSharedBytes(a) <= kMaxGemvSharedBytes) {
+    plan.route = Route::kGemv;
+    plan.shared_bytes = GemvSharedBytes(a);
+  }
   return plan;
 }
 

@@ -54,21 +54,6 @@ ONNXQ_HD int64_t PanelGroups(const QuantMatMulArgs& a, int64_t panel) {
   return panel * a.groups * kPanel;
 }
 
-// Four consecutive k of a row of x from k on; zeros beyond the matrix.
-template <class T, class Block>
-ONNXQ_DEVICE Words<2> LoadFour(const Block& block, const QuantMatMulArgs& a, int row, int k) {
-  Words<2> four{};
-  if (row >= a.m || k >= a.k) return four;
-  const auto* from =
-      static_cast<const typename T::Bits*>(a.x) + static_cast<int64_t>(row) * a.k + k;
-  if (a.k % 4 == 0) return block.Load(reinterpret_cast<const Words<2>*>(from));
-  ONNXQ_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    if (k + i < a.k) four.w[i / 2] |= static_cast<uint32_t>(block.Load(from + i)) << (i % 2 * 16);
-  }
-  return four;
-}
-
 // A scale in shared memory, by its place among the panel's.
 template <class Shared>
 ONNXQ_DEVICE float SharedScale(const Shared& shared, ScaleType type, int thread, int base, int i) {

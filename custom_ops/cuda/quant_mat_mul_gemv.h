@@ -2,7 +2,7 @@
 //
 // A block takes one panel of 32 columns and all of K. Its warps share K and add up in shared
 // memory, in their order. Each warp keeps the next chunk of tiles on its way while it multiplies
-// one. Scales and zero points of the panel come to shared memory once.
+// one. Scales and zero points of the panel come to shared memory once. K must be a multiple of 4.
 //
 // Grid: x panels, y groups of eight rows.
 #pragma once
@@ -18,10 +18,8 @@ inline constexpr int kGemvThreads = kGemvWarps * kWarp;
 template <int bits>
 inline constexpr int kGemvChunk = bits == 4 ? 8 : 4;  // tiles: 2 KB a warp
 
-// Shared memory: scales, then zero points; later the warps' sums [warps][rows][33].
-ONNXQ_HD int64_t GemvScaleBytes(const QuantMatMulArgs& a) {
-  return int64_t{a.groups} * kPanel * ScaleBytes(a.scale_type);
-}
+// Shared memory: scales in float32, then zero points; later the warps' sums [warps][rows][33].
+ONNXQ_HD int64_t GemvScaleBytes(const QuantMatMulArgs& a) { return int64_t{a.groups} * kPanel * 4; }
 ONNXQ_HD int64_t GemvSharedBytes(const QuantMatMulArgs& a) {
   const int64_t zeros = a.zero_points == nullptr ? 0 : int64_t{a.groups} * kPanel;
   const int64_t sums = kGemvWarps * kGemvRows * (kPanel + 1) * sizeof(float);
@@ -56,17 +54,29 @@ ONNXQ_DEVICE void GemvBody(Block& block, const QuantMatMulArgs& a) {
   const int zeros_at = static_cast<int>(GemvScaleBytes(a));
   const uint8_t* const codes = PanelCodes(a, panel);
 
+  // Tiles that all lanes read without looking: those before `end`, all of whose steps are there.
+  const int whole_tiles = a.k / kTileK;
   const auto load = [&](State& s, int lane, int tile, int end) {
+    const int row = first_row + lane / 4;
+    const uint8_t* const from = codes + int64_t{tile} * Layout::kBytes + Layout::LaneByte(lane);
+    const auto* const x = static_cast<const typename T::Bits*>(a.x) + int64_t{row} * a.k +
+                          int64_t{tile} * kTileK + lane % 4 * 4;
+    const auto load_one = [&](int u) {
+      s.next_words[u] =
+          block.Stream(reinterpret_cast<const Words<Layout::kWords>*>(from + u * Layout::kBytes));
+      if (row < a.m) s.next_x[u] = block.Load(reinterpret_cast<const Words<2>*>(x + u * kTileK));
+    };
+    ONNXQ_UNROLL
+    for (int u = 0; u < kChunk; ++u) s.next_x[u] = {};
+    if (tile + kChunk <= end && tile + kChunk <= whole_tiles) {
+      ONNXQ_UNROLL
+      for (int u = 0; u < kChunk; ++u) load_one(u);
+      return;
+    }
     ONNXQ_UNROLL
     for (int u = 0; u < kChunk; ++u) {
-      const int step = 4 * (tile + u) + lane % 4;
-      const bool valid = tile + u < end && step < steps;
       s.next_words[u] = {};
-      s.next_x[u] = {};
-      if (!valid) continue;
-      s.next_words[u] = block.Stream(reinterpret_cast<const Words<Layout::kWords>*>(
-          codes + (tile + u) * Layout::kBytes + Layout::LaneByte(lane)));
-      s.next_x[u] = LoadFour<T>(block, a, first_row + lane / 4, 4 * step);
+      if (tile + u < end && 4 * (tile + u) + lane % 4 < steps) load_one(u);
     }
   };
   const auto first_tile = [&](int warp) {
@@ -79,17 +89,14 @@ ONNXQ_DEVICE void GemvBody(Block& block, const QuantMatMulArgs& a) {
     });
   });
   block.EachThread([&](int thread) {
-    const auto copy = [&](const void* from, int at, int bytes) {
-      for (int i = 16 * thread; i < bytes; i += 16 * kGemvThreads) {
-        shared.CopyAsync(thread, at + i, static_cast<const char*>(from) + i, true);
-      }
-    };
     const int64_t first = PanelGroups(a, panel);
-    copy(static_cast<const char*>(a.scales) + first * ScaleBytes(a.scale_type), 0, zeros_at);
-    if (a.zero_points != nullptr) copy(a.zero_points + first, zeros_at, a.groups * kPanel);
+    for (int i = thread; i < a.groups * kPanel; i += kGemvThreads) {
+      const float scale = LoadScale(block, a.scale_type, a.scales, first + i);
+      shared.template Set<float>(thread, 4 * i, scale);
+      if (a.zero_points == nullptr) continue;
+      shared.template Set<int8_t>(thread, zeros_at + i, block.Load(a.zero_points + first + i));
+    }
   });
-  block.Commit();
-  block.template Wait<0>();
   block.Sync();
 
   block.EachWarp([&](const auto& warp) {
@@ -144,7 +151,7 @@ ONNXQ_DEVICE void GemvBody(Block& block, const QuantMatMulArgs& a) {
           ONNXQ_UNROLL
           for (int i = 0; i < 4; ++i) {
             const int at = group * kPanel + Layout::Column(lane, i / 2, i % 2);
-            const float scale = SharedScale(shared, a.scale_type, thread, 0, at);
+            const auto scale = shared.template Get<float>(thread, 4 * at);
             ONNXQ_UNROLL
             for (int j = 0; j < 2; ++j) {
               float& sum = s.sum[i / 2][i % 2 * 2 + j];

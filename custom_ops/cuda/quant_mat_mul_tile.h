@@ -69,9 +69,10 @@ ONNXQ_DEVICE void TileBody(Block& block, const QuantMatMulArgs& a) {
   // Tiles of a group: 1, 2, or so many stages.
   const int group_tiles = a.groups == 1 ? kStageTiles * Stages(a) : a.group / kTileK;
   const int group_stages = group_tiles < kStageTiles ? 1 : group_tiles / kStageTiles;
-  const int stage_groups = group_tiles < kStageTiles ? kStageTiles / group_tiles : 1;
+  const int stage_group_bits = group_tiles == 1 ? 2 : group_tiles == 2 ? 1 : 0;
   const int scale_bytes = ScaleBytes(a.scale_type);
-  const auto first_group = [&](int stage) { return stage / group_stages * stage_groups; };
+  const int scale_byte_bits = scale_bytes == 4 ? 2 : scale_bytes - 1;
+  const auto first_group = [&](int stage) { return (stage / group_stages) << stage_group_bits; };
 
   const auto copy_stage = [&](int stage) {
     block.EachThread([&](int thread) {
@@ -93,24 +94,25 @@ ONNXQ_DEVICE void TileBody(Block& block, const QuantMatMulArgs& a) {
         const uint8_t* const from = valid ? PanelCodes(a, panel) + at : a.codes;
         shared.CopyAsync(thread, to + Stage::kCodes + 16 * i, from, valid);
       }
-      // Scales and zero points of the stage's groups: of a panel they follow each other.
-      const auto copy_groups = [&](const void* values, int bytes, int part) {
-        const int pieces = stage_groups * kPanel * bytes / 16;  // of a panel
-        for (int i = thread; i < kTilePanels * pieces; i += kTileThreads) {
-          const int panel = first_panel + i / pieces;
-          const int group = first_group(stage) + i % pieces * 16 / (kPanel * bytes);
-          const bool valid = panel < panels && group < a.groups;
-          const int64_t at =
-              valid ? (PanelGroups(a, panel) + int64_t{first_group(stage)} * kPanel) * bytes +
-                          i % pieces * 16
-                    : 0;
-          shared.CopyAsync(
-              thread, to + part + i / pieces * (kStageTiles * kPanel * bytes) + i % pieces * 16,
-              static_cast<const char*>(values) + at, valid);
-        }
+      // Scales and zero points of the stage's groups: of a panel they follow each other, in powers
+      // of two of 16 bytes, at most one a thread.
+      const auto copy_groups = [&](const void* values, int byte_bits, int part) {
+        const int group_bits = byte_bits + 1;  // pieces of a group
+        const int panel_bits = group_bits + stage_group_bits;
+        if (thread >> panel_bits >= kTilePanels) return;
+        const int panel = first_panel + (thread >> panel_bits);
+        const int piece = thread & ((1 << panel_bits) - 1);
+        const int group = first_group(stage);
+        const bool valid = panel < panels && group + (piece >> group_bits) < a.groups;
+        const int64_t at =
+            valid ? ((PanelGroups(a, panel) + int64_t{group} * kPanel) << byte_bits) + piece * 16
+                  : 0;
+        const int panel_at = (thread >> panel_bits) * (kStageTiles * kPanel << byte_bits);
+        shared.CopyAsync(thread, to + part + panel_at + piece * 16,
+                         static_cast<const char*>(values) + at, valid);
       };
-      copy_groups(a.scales, scale_bytes, Stage::kScales);
-      if (a.zero_points != nullptr) copy_groups(a.zero_points, 1, Stage::kZeros);
+      copy_groups(a.scales, scale_byte_bits, Stage::kScales);
+      if (a.zero_points != nullptr) copy_groups(a.zero_points, 0, Stage::kZeros);
     });
   };
 

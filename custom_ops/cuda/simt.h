@@ -90,7 +90,11 @@ __device__ __forceinline__ Words<4> StreamingLoad(const Words<4>* from) {
 
 class DeviceWarp {
  public:
-  __device__ int Index() const { return static_cast<int>(threadIdx.x) / kWarp; }
+  // Through a shuffle, so that nvcc knows that all lanes have the same index.
+  __device__ __forceinline__ DeviceWarp()
+      : index_(__shfl_sync(0xffffffffU, static_cast<int>(threadIdx.x) / kWarp, 0)) {}
+
+  __device__ __forceinline__ int Index() const { return index_; }
 
   // f(lane, thread) for every lane.
   template <class F>
@@ -115,6 +119,9 @@ class DeviceWarp {
       *v = *v > other ? *v : other;
     }
   }
+
+ private:
+  int index_;
 };
 
 class DeviceBlock {

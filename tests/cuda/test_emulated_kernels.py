@@ -55,11 +55,11 @@ def check(y: Array, x: Array, packed: PackedWeight, *, factor: Array | float = 1
     assert worst <= 1, f"{worst} times the budget"
 
 
-# Around tiles of 16, chunks of 64 and 128 and the eight warps' shares; K of every rest by 4.
+# Around tiles of 16, chunks of 64 and 128 and the eight warps' shares; K of every rest by 16.
 GEMVS = (
-    (1, 16, 1, 16), (2, 64, 32, 32), (8, 160, 33, 32), (3, 37, 31, 37), (5, 514, 65, 514),
-    (7, 1027, 40, 1027), (8, 1040, 64, 80), (1, 2304, 96, 128), (4, 400, 5, 16), (9, 272, 34, 48),
-    (17, 130, 3, 130),
+    (1, 16, 1, 16), (2, 64, 32, 32), (8, 160, 33, 32), (3, 36, 31, 36), (5, 516, 65, 516),
+    (7, 1028, 40, 1028), (8, 1040, 64, 80), (1, 2304, 96, 128), (4, 400, 5, 16), (9, 272, 34, 48),
+    (17, 132, 3, 132), (2, 1048, 33, 1048), (1, 4, 2, 4),
 )  # fmt: skip
 
 
@@ -244,7 +244,9 @@ def test_plans(emulation: Emulation) -> None:
     assert route(9, 4096, 4096, 32) == route(128, 4096, 4096, 32) == Route.TILE
     assert route(129, 4096, 4096, 32) == Route.EXPAND
     assert route(129, 4096, 4096, 32, library=False) == Route.TILE
-    assert route(9, 4096, 4097, 4097) == Route.GEMV  # rows of x are not aligned
+    assert route(9, 4096, 4100, 4100) == Route.GEMV  # rows of x begin at 8 bytes, not at 16
+    assert route(1, 4096, 4097, 4097) == Route.ANY  # nor at 8
+    assert route(1, 4096, 65536, 32) == Route.TILE  # more scales than shared memory holds
     assert route(9, 4096, 4096, 48) == Route.GEMV  # a stage would hold parts of groups
     assert route(1, 4096, 4096, 20) == Route.ANY
 
