@@ -1,4 +1,6 @@
 // The plain product, the expansion of weights, and the choice among the kernels of QuantMatMul.
+#include <atomic>
+
 #include "cublas_lt.h"
 #include "launch_support.cuh"
 
@@ -83,17 +85,17 @@ using namespace onnxq::cuda;
 
 ONNXQ_CUDA_EXPORT int onnxq_cuda_prepare() {
   // The limits belong to a device; each of up to 64 is prepared once.
-  static int done[64] = {};
+  static std::atomic<bool> done[64] = {};
   int device = 0;
   int status = static_cast<int>(cudaGetDevice(&device));
   if (status != 0) return status;
-  if (device < 64 && done[device] != 0) return 0;
+  if (device < 64 && done[device]) return 0;
   for (const auto prepare : {PrepareGemv, PrepareTile, PrepareRows}) {
     status = prepare();
     if (status != 0) return status;
   }
   MatrixLibraryThere();
-  if (device < 64) done[device] = 1;
+  if (device < 64) done[device] = true;
   return 0;
 }
 
