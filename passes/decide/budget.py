@@ -1,8 +1,8 @@
 """Find the fewest sites to leave in float that bring the outputs within a budget.
 
 Sites are ranked; how many of the first are needed is found by doubling and halving, each trial on
-the whole model lowered and run. Then each site left in float is given back, the least damaging
-first, and stays quantized if the budget is still met without it.
+the whole model lowered and run. Then each site left in float is given back, the costliest first,
+and stays quantized if the budget is still met without it.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ class FloatSearch:
         """
         count = self._least(most)
         floats = list(self.ranked[:count])
-        for site in reversed(floats[-GIVEN_BACK - 1 : -1]):
+        costliest = sorted(floats, key=lambda site: -self.costs.get(site, 0))
+        for site in costliest[:GIVEN_BACK]:
             rest = [other for other in floats if other != site]
             if self.budget.is_met(self._score(rest)):
                 floats = rest

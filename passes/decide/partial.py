@@ -39,8 +39,8 @@ class Partial(Pass):
         max_kl: budget: largest mean KL divergence of the softmax of logits, in nats.
         max_drop: budget: largest increase of next-token perplexity in percent.
         max_layers: most layers to leave in float for a budget; -1: any number.
-        order: leave the most sensitive layers in float first (``layers``: fewest layers), or those
-            with the most damage a multiplication (``compute``: least compute in float).
+        order: leave layers in float by damage a multiplication, the most first (``compute``: least
+            compute in float), or by damage (``layers``: fewest layers).
         samples: to run for each trial.
     """
 
@@ -57,7 +57,7 @@ class Partial(Pass):
     max_kl: float | None = None
     max_drop: float | None = None
     max_layers: int = -1
-    order: Literal["layers", "compute"] = "layers"
+    order: Literal["layers", "compute"] = "compute"
     samples: int = 2
 
     def __post_init__(self) -> None:

@@ -133,7 +133,6 @@ def test_the_search_finds_the_least_count_of_the_ranking(count: int) -> None:
     result = go(Sensitivity(), Partial(min_sqnr=float(target)))
     floats = result.artifacts.get(PLAN).floats
     assert set(floats) <= set(ranked[:least])
-    assert ranked[least - 1] in floats, "the last one was needed"
     assert measured(list(floats)) >= target
     for site in floats:
         assert measured([s for s in floats if s != site]) < target, "none can be given back"
@@ -200,8 +199,8 @@ def test_order_compute_prefers_cheap_layers() -> None:
     sites = {name: dataclasses.replace(plan.sites["m0"], site=name) for name in scores}
     plan = dataclasses.replace(plan, sites=sites)
     costs = {"big": 1000, "small": 10}
-    assert Partial(min_sqnr=1.0)._rank(found, plan, costs) == ["big", "small"]
-    assert Partial(min_sqnr=1.0, order="compute")._rank(found, plan, costs) == ["small", "big"]
+    assert Partial(min_sqnr=1.0, order="layers")._rank(found, plan, costs) == ["big", "small"]
+    assert Partial(min_sqnr=1.0)._rank(found, plan, costs) == ["small", "big"]
 
 
 def test_bad_options_and_order() -> None:
