@@ -30,6 +30,7 @@ from onnxq.graph.match import (
     Linear,
     Structure,
     analyze,
+    is_const,
     is_op,
     last_dim,
     shape_entries,
@@ -150,8 +151,18 @@ def closing_layers(structure: Structure) -> list[Linear]:
         linear
         for linear in structure.linears
         if linear in gated
-        or (linear.kind != "conv" and structure.activation_of(linear.x) is not None)
+        or (linear.kind != "conv" and structure.activation_of(_before_scale(linear.x)) is not None)
     ]
+
+
+def _before_scale(value: ir.Value) -> ir.Value:
+    """What a constant factor, as ``smooth-quant`` leaves one, is applied to."""
+    node = value.producer()
+    if node is not None and is_op(node, "Mul"):
+        for factor, other in (node.inputs, node.inputs[::-1]):
+            if factor is not None and other is not None and is_const(factor):
+                return other
+    return value
 
 
 def why_no_hadamard(n: int, block: int) -> str | None:

@@ -146,3 +146,16 @@ def test_any_rank_and_no_rows(shape: tuple[int, ...]) -> None:
     assert len(report.changed) == 1
     x = normal(*shape, seed=1)
     np.testing.assert_allclose(run(rotated, {"x": x})["y"], run(model, {"x": x})["y"], atol=1e-5)
+
+
+@pytest.mark.parametrize("product", ["Mul (r, s)", "Mul (s, r)"])
+def test_a_scale_between_activation_and_layer_is_looked_through(product: str) -> None:
+    """`smooth-quant` leaves one where nothing can take it up."""
+    nodes = f"r = Relu (x)\n m = {product}\n y = MatMul (m, w)"
+    body = f"g (float[3, 8] x) => (float[3, 4] y) {{ {nodes} }}"
+    scale = np.linspace(0.5, 2, 8, dtype=np.float32)
+    model = model_of(body, {"w": normal(8, 4), "s": scale}, opset=18)
+    rotated, report = hadamard(model)
+    assert len(report.changed) == 1
+    x = normal(3, 8, seed=1)
+    np.testing.assert_allclose(run(rotated, {"x": x})["y"], run(model, {"x": x})["y"], atol=1e-5)
