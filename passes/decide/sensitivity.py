@@ -1,7 +1,7 @@
 """``sensitivity``: quantize each planned layer alone and see what it does to the outputs.
 
 One lowered copy and one run a layer, so the cost is linear in layers (Wu et al., arXiv 2004.09602,
-section 5.1). The model and the plan stay as they are; ``auto-partial`` uses the result. With a
+section 5.1). The model and the plan stay as they are; ``partial`` uses the result. With a
 ``cache`` file each finding is written as soon as it is made, and a run that was stopped goes on
 where it stopped, with the same numbers.
 """
