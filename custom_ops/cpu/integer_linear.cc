@@ -137,28 +137,39 @@ const int32_t* LinearInput::Factor(int which, int64_t column) const {
   return repeated_[i] ? filled_[i].data() : factors_[i] + column;
 }
 
+ColumnFactors LinearInput::Factors(int64_t first) const {
+  const int64_t column = first % columns_;
+  return {Factor(0, column), Factor(1, column), Factor(2, column), repeated_[2]};
+}
+
+const int32_t* LinearInput::Widened(const IntegerKernels& kernels, int64_t first, int64_t n,
+                                    int32_t* buffer) const {
+  if (wide_ != nullptr) return wide_ + first;
+  kernels.widen16(narrow_ + first, n, buffer);
+  return buffer;
+}
+
 void LinearInput::Rescale(const IntegerKernels& kernels, int64_t first, int64_t n, int32_t low,
                           int32_t high, int32_t* out) const {
-  const int64_t column = first % columns_;
-  const ColumnFactors factors = {Factor(0, column), Factor(1, column), Factor(2, column)};
-  if (wide_ != nullptr) {
-    kernels.rescale_columns(wide_ + first, factors, n, low, high, out);
-    return;
-  }
-  int32_t widened[kIntegerBlock];
-  kernels.widen16(narrow_ + first, n, widened);
-  kernels.rescale_columns(widened, factors, n, low, high, out);
+  int32_t buffer[kIntegerBlock];
+  const int32_t* const x = Widened(kernels, first, n, buffer);
+  kernels.rescale_columns(x, Factors(first), n, low, high, out);
 }
 
 void LinearInput::Requantize(const IntegerKernels& kernels, int64_t first, int64_t n,
                              int32_t zero_point, int32_t low, int32_t high, int bytes,
                              void* out) const {
-  const int64_t column = first % columns_;
-  const ColumnFactors factors = {Factor(0, column), Factor(1, column), Factor(2, column)};
-  int32_t widened[kIntegerBlock];
-  if (wide_ == nullptr) kernels.widen16(narrow_ + first, n, widened);
-  const int32_t* const x = wide_ == nullptr ? widened : wide_ + first;
-  kernels.requantize(x, factors, n, zero_point, low, high, bytes, out);
+  int32_t buffer[kIntegerBlock];
+  const int32_t* const x = Widened(kernels, first, n, buffer);
+  kernels.requantize(x, Factors(first), n, zero_point, low, high, bytes, out);
+}
+
+void LinearInput::Gelu(const IntegerKernels& kernels, int64_t first, int64_t n,
+                       const ErfConstants& constants, int32_t one, const onnxq::Rescale& how,
+                       int bytes, void* out) const {
+  int32_t buffer[kIntegerBlock];
+  const int32_t* const x = Widened(kernels, first, n, buffer);
+  kernels.gelu(x, Factors(first), n, constants, one, how, bytes, out);
 }
 
 // Requantize
@@ -230,12 +241,7 @@ ort::OrtStatus* IntegerGelu<type>::Compute(const Api& api, ort::OrtKernelContext
   ONNXQ_RETURN_IF_ERROR(MakeOutput(api, context, 0, input.shape(), &y));
   T* const out = static_cast<T*>(y);
   return ForBlocks(api, context, input, [&](int64_t first, int64_t n) {
-    int32_t t[kIntegerBlock];
-    int32_t product[kIntegerBlock];
-    input.Rescale(*kernels_, first, n, -32767, 32767, t);
-    kernels_->gelu(t, n, erf_, one_, product);
-    kernels_->rescale(product, n, how, t);
-    Narrow(*kernels_, t, n, out + first);
+    input.Gelu(*kernels_, first, n, erf_, one_, how, sizeof(T), out + first);
   });
 }
 

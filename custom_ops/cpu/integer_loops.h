@@ -14,6 +14,7 @@ struct ColumnFactors {
   const int32_t* bias;
   const int32_t* multiplier;
   const int32_t* shift;
+  bool one_shift;  // all are shift[0]
 };
 
 // x * multiplier / 2^shift, halves up, plus zero_point, within low..high.
@@ -68,13 +69,15 @@ struct IntegerKernels {
   void (*rescale)(const int32_t* x, int64_t n, const Rescale& how, int32_t* out);
   void (*exponential)(const int32_t* x, int64_t n, const ExpConstants& constants, int32_t* out);
   void (*erf)(const int32_t* x, int64_t n, const ErfConstants& constants, int32_t* out);
-  // out = x * (erf(x) + one) for |x| <= 32767.
-  void (*gelu)(const int32_t* x, int64_t n, const ErfConstants& constants, int32_t one,
-               int32_t* out);
+  // GELU of n <= kIntegerBlock columns: rescaled within 32767, times erf + one, rescaled, in
+  // `bytes`.
+  void (*gelu)(const int32_t* x, const ColumnFactors& factors, int64_t n,
+               const ErfConstants& constants, int32_t one, const Rescale& how, int bytes,
+               void* out);
   // out = x * sigmoid(x) * 2^15 for |x| <= 32767.
   void (*silu)(const int32_t* x, int64_t n, const ExpConstants& constants, int32_t* out);
-  // One row: x and mask (or null) [n] i32 -> out [n] u8; buffer [n].
-  void (*softmax)(const int32_t* x, const int32_t* mask, int64_t n,
+  // Rows with one mask: x [rows, n] and mask (or null) [n] i32 -> out [rows, n] u8; buffer [n].
+  void (*softmax)(const int32_t* x, const int32_t* mask, int64_t rows, int64_t n,
                   const SoftmaxConstants& constants, int32_t* buffer, uint8_t* out);
   // One row: x [n] i16 -> out [n] i16; buffer [n]; beta null for RMSNorm, which takes no mean off.
   void (*norm)(const int16_t* x, int64_t n, const int32_t* multiplier, const int64_t* beta,

@@ -37,63 +37,171 @@ __m512i Scale64(__m512i x, __m512i multiplier, __m512i shift) {
   return _mm512_srav_epi64(_mm512_add_epi64(_mm512_mul_epi32(x, multiplier), half), shift);
 }
 
-// What RescaleColumns512 computes, at column i.
-struct Columns512 {
-  __m512i lowest;
-  __m512i highest;
+// Calls part(i, mask) for vectors of n lanes, the last with a mask.
+template <class Part>
+inline void ForVectors(int64_t n, const Part& part) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) part(i, static_cast<__mmask16>(0xFFFF));
+  if (i < n) part(i, Tail(n - i));
+}
 
-  __m512i Of(const int32_t* x, const ColumnFactors& factors, int64_t i, __mmask16 mask) const {
-    const __m512i low_half = _mm512_set1_epi64(0xFFFFFFFF);
-    const __m512i total = _mm512_add_epi32(Load(x + i, mask), Load(factors.bias + i, mask));
+// x * multiplier / 2^shift of one shift for all, from 31 on: the results then have 32 bits.
+struct OneShift {
+  __m512i half;
+  __m128i even;
+  __m128i odd;
+  bool high;  // the odd lanes' results come to lie in their upper halves
+
+  static constexpr int32_t kLeast = 31;
+
+  explicit OneShift(int32_t shift)
+      : half(_mm512_set1_epi64(int64_t{1} << (shift - 1))),
+        even(_mm_cvtsi32_si128(shift)),
+        odd(_mm_cvtsi32_si128(shift >= 32 ? shift - 32 : shift)),
+        high(shift >= 32) {}
+
+  __m512i Of(__m512i x, __m512i multiplier, __m512i odd_multiplier) const {
+    const __m512i p0 = _mm512_add_epi64(_mm512_mul_epi32(x, multiplier), half);
+    const __m512i p1 = _mm512_add_epi64(_mm512_mul_epi32(OddOf(x), odd_multiplier), half);
+    const __m512i y1 = _mm512_sra_epi64(p1, odd);
+    return _mm512_mask_blend_epi32(kOdd, _mm512_sra_epi64(p0, even),
+                                   high ? y1 : _mm512_slli_epi64(y1, 32));
+  }
+};
+
+__m512i Clamp32(__m512i v, __m512i low, __m512i high) {
+  return _mm512_max_epi32(_mm512_min_epi32(v, high), low);
+}
+
+__m512i TotalOf(const int32_t* x, const ColumnFactors& factors, int64_t i, __mmask16 mask) {
+  return _mm512_add_epi32(Load(x + i, mask), Load(factors.bias + i, mask));
+}
+
+// Calls put(i, mask, y) with y = clip(round((x + bias) * factor), low, high).
+template <class Put>
+inline void ForRescaled(const int32_t* x, const ColumnFactors& factors, int64_t n, int32_t low,
+                        int32_t high, const Put& put) {
+  if (factors.one_shift && factors.shift[0] >= OneShift::kLeast) {
+    const OneShift scale(factors.shift[0]);
+    const __m512i lowest = _mm512_set1_epi32(low);
+    const __m512i highest = _mm512_set1_epi32(high);
+    ForVectors(n, [&](int64_t i, __mmask16 mask) {
+      const __m512i multiplier = Load(factors.multiplier + i, mask);
+      const __m512i y = scale.Of(TotalOf(x, factors, i, mask), multiplier, OddOf(multiplier));
+      put(i, mask, Clamp32(y, lowest, highest));
+    });
+    return;
+  }
+  const __m512i lowest = _mm512_set1_epi64(low);
+  const __m512i highest = _mm512_set1_epi64(high);
+  const __m512i low_half = _mm512_set1_epi64(0xFFFFFFFF);
+  ForVectors(n, [&](int64_t i, __mmask16 mask) {
+    const __m512i total = TotalOf(x, factors, i, mask);
     const __m512i multiplier = Load(factors.multiplier + i, mask);
     const __m512i shift = Load(factors.shift + i, mask);
     const __m512i even = Scale64(total, multiplier, _mm512_and_si512(shift, low_half));
     const __m512i odd = Scale64(OddOf(total), OddOf(multiplier), OddOf(shift));
-    return Interleave(Clamp64(even, lowest, highest), Clamp64(odd, lowest, highest));
-  }
-};
+    put(i, mask, Interleave(Clamp64(even, lowest, highest), Clamp64(odd, lowest, highest)));
+  });
+}
+
+void StoreNarrow(void* out, int64_t i, __mmask16 mask, __m512i y, int bytes) {
+  if (bytes == 1)
+    _mm512_mask_cvtepi32_storeu_epi8(static_cast<int8_t*>(out) + i, mask, y);
+  else
+    _mm512_mask_cvtepi32_storeu_epi16(static_cast<int16_t*>(out) + i, mask, y);
+}
 
 void RescaleColumns512(const int32_t* x, const ColumnFactors& factors, int64_t n, int32_t low,
                        int32_t high, int32_t* out) {
-  const Columns512 columns = {_mm512_set1_epi64(low), _mm512_set1_epi64(high)};
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const __mmask16 mask = Tail(n - i);
-    Store(out + i, mask, columns.Of(x, factors, i, mask));
-  }
+  ForRescaled(x, factors, n, low, high,
+              [&](int64_t i, __mmask16 mask, __m512i y) { Store(out + i, mask, y); });
 }
 
 void Requantize512(const int32_t* x, const ColumnFactors& factors, int64_t n, int32_t zero_point,
                    int32_t low, int32_t high, int bytes, void* out) {
-  const Columns512 columns = {_mm512_set1_epi64(int64_t{low} - zero_point),
-                              _mm512_set1_epi64(int64_t{high} - zero_point)};
   const __m512i zero = _mm512_set1_epi32(zero_point);
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const __mmask16 mask = Tail(n - i);
-    const __m512i y = _mm512_add_epi32(columns.Of(x, factors, i, mask), zero);
-    if (bytes == 1)
-      _mm512_mask_cvtepi32_storeu_epi8(static_cast<int8_t*>(out) + i, mask, y);
-    else
-      _mm512_mask_cvtepi32_storeu_epi16(static_cast<int16_t*>(out) + i, mask, y);
-  }
+  ForRescaled(x, factors, n, low - zero_point, high - zero_point,
+              [&](int64_t i, __mmask16 mask, __m512i y) {
+                StoreNarrow(out, i, mask, _mm512_add_epi32(y, zero), bytes);
+              });
 }
 
-void RescaleAll512(const int32_t* x, int64_t n, const Rescale& how, int32_t* out) {
+// Calls put(i, mask, y) with y = clip(round(v * factor) + zero_point, low, high).
+template <class Get, class Put>
+inline void ForScaled(int64_t n, const Rescale& how, const Get& get, const Put& put) {
+  const __m512i multiplier = _mm512_set1_epi32(how.multiplier);
+  if (how.shift >= OneShift::kLeast) {
+    const OneShift scale(how.shift);
+    const __m512i lowest = _mm512_set1_epi32(how.low - how.zero_point);
+    const __m512i highest = _mm512_set1_epi32(how.high - how.zero_point);
+    const __m512i zero_point = _mm512_set1_epi32(how.zero_point);
+    ForVectors(n, [&](int64_t i, __mmask16 mask) {
+      const __m512i y = Clamp32(scale.Of(get(i, mask), multiplier, multiplier), lowest, highest);
+      put(i, mask, _mm512_add_epi32(y, zero_point));
+    });
+    return;
+  }
   const __m512i lowest = _mm512_set1_epi64(how.low);
   const __m512i highest = _mm512_set1_epi64(how.high);
-  const __m512i multiplier = _mm512_set1_epi64(how.multiplier);
   const __m512i half = _mm512_set1_epi64(int64_t{1} << (how.shift - 1));
   const __m512i zero_point = _mm512_set1_epi64(how.zero_point);
-  const __m128i shift = _mm_cvtsi64_si128(how.shift);
+  const __m128i shift = _mm_cvtsi32_si128(how.shift);
   const auto scale = [&](__m512i v) {
     const __m512i y =
         _mm512_sra_epi64(_mm512_add_epi64(_mm512_mul_epi32(v, multiplier), half), shift);
     return Clamp64(_mm512_add_epi64(y, zero_point), lowest, highest);
   };
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const __mmask16 mask = Tail(n - i);
-    const __m512i v = Load(x + i, mask);
-    Store(out + i, mask, Interleave(scale(v), scale(OddOf(v))));
+  ForVectors(n, [&](int64_t i, __mmask16 mask) {
+    const __m512i v = get(i, mask);
+    put(i, mask, Interleave(scale(v), scale(OddOf(v))));
+  });
+}
+
+void RescaleAll512(const int32_t* x, int64_t n, const Rescale& how, int32_t* out) {
+  ForScaled(
+      n, how, [&](int64_t i, __mmask16 mask) { return Load(x + i, mask); },
+      [&](int64_t i, __mmask16 mask, __m512i y) { Store(out + i, mask, y); });
+}
+
+// x * (erf(x) + one), |x| <= 32767. Where x is 0 the product is, whatever erf.
+template <bool plain>
+inline __m512i GeluOf(__m512i x, const ErfConstants& c, int32_t one) {
+  const __m512i bound = _mm512_set1_epi32(c.bound);
+  const __m512i d = _mm512_sub_epi32(_mm512_min_epi32(_mm512_abs_epi32(x), bound), bound);
+  const auto p = [&](int k) { return _mm512_set1_epi32(c.polynomial.p[k]); };
+  __m512i z;
+  if constexpr (plain) {
+    z = _mm512_add_epi32(_mm512_mullo_epi32(_mm512_add_epi32(d, p(3)), d), p(4));
+  } else {
+    z = p(0);
+    for (int k = 0; k < 4; ++k) {
+      const __m128i shift = _mm_cvtsi32_si128(c.polynomial.s[k]);
+      z = _mm512_add_epi32(_mm512_sra_epi32(_mm512_mullo_epi32(z, d), shift), p(k + 1));
+    }
   }
+  const __m512i signed_z =
+      _mm512_mask_sub_epi32(z, _mm512_movepi32_mask(x), _mm512_setzero_si512(), z);
+  const __m512i e = _mm512_sra_epi32(signed_z, _mm_cvtsi32_si128(c.shift));
+  return _mm512_mullo_epi32(x, _mm512_add_epi32(e, _mm512_set1_epi32(one)));
+}
+
+template <bool plain>
+void GeluBlock512(const int32_t* x, const ColumnFactors& factors, int64_t n, const ErfConstants& c,
+                  int32_t one, const Rescale& how, int bytes, void* out) {
+  int32_t product[kIntegerBlock];
+  ForRescaled(x, factors, n, -32767, 32767, [&](int64_t i, __mmask16 mask, __m512i t) {
+    Store(product + i, mask, GeluOf<plain>(t, c, one));
+  });
+  ForScaled(
+      n, how, [&](int64_t i, __mmask16 mask) { return Load(product + i, mask); },
+      [&](int64_t i, __mmask16 mask, __m512i y) { StoreNarrow(out, i, mask, y, bytes); });
+}
+
+void Gelu512(const int32_t* x, const ColumnFactors& factors, int64_t n, const ErfConstants& c,
+             int32_t one, const Rescale& how, int bytes, void* out) {
+  IsPlainSquare(c.polynomial) ? GeluBlock512<true>(x, factors, n, c, one, how, bytes, out)
+                              : GeluBlock512<false>(x, factors, n, c, one, how, bytes, out);
 }
 
 // The upper halves of the products of unsigned numbers.
@@ -145,51 +253,51 @@ struct Exp512 {
 };
 
 template <bool plain>
-void SoftmaxRow512(const int32_t* x, const int32_t* mask, int64_t n, const SoftmaxConstants& c,
-                   int32_t* buffer, uint8_t* out) {
-  const Exp512 exp(c.exp);
+inline void SoftmaxRow512(const Exp512& exp, const int32_t* x, const int32_t* mask, int64_t n,
+                          const SoftmaxConstants& c, int32_t* buffer, uint8_t* out) {
   __m512i most512 = _mm512_set1_epi32(INT32_MIN);
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const __mmask16 tail = Tail(n - i);
+  ForVectors(n, [&](int64_t i, __mmask16 tail) {
     __m512i d = Load(x + i, tail);
     if (mask != nullptr) d = _mm512_add_epi32(d, Load(mask + i, tail));
     Store(buffer + i, tail, d);
     most512 = _mm512_mask_max_epi32(most512, tail, most512, d);
-  }
+  });
   const int32_t most = _mm512_reduce_max_epi32(most512);
   const __m512i top = _mm512_set1_epi32(most);
   const __m512i lowest = _mm512_set1_epi32(LowestOf(most, c.exp.ln2));
   int64_t sum = 0;
   for (int64_t first = 0; first < n; first += 65536) {
-    const int64_t end = std::min<int64_t>(n, first + 65536);
+    const int64_t count = std::min<int64_t>(n - first, 65536);
+    int32_t* const from = buffer + first;
     __m512i part = _mm512_setzero_si512();
-    for (int64_t i = first; i < end; i += kLanes) {
-      const __mmask16 tail = Tail(end - i);
-      const __m512i d = _mm512_max_epi32(Load(buffer + i, tail), lowest);
+    ForVectors(count, [&](int64_t i, __mmask16 tail) {
+      const __m512i d = _mm512_max_epi32(Load(from + i, tail), lowest);
       const __m512i e = exp.Of<plain>(_mm512_sub_epi32(top, d));
-      Store(buffer + i, tail, e);
+      Store(from + i, tail, e);
       part = _mm512_mask_add_epi32(part, tail, part, e);
-    }
+    });
     sum += static_cast<uint32_t>(_mm512_reduce_add_epi32(part));
   }
-  const __m512i factor =
-      _mm512_set1_epi32(static_cast<int32_t>(static_cast<uint32_t>((int64_t{1} << 32) / sum)));
+  // Exact: the quotient of 2^32 by an integer is no closer to an integer than float64 can tell.
+  const auto quotient = static_cast<int64_t>(4294967296.0 / static_cast<double>(sum));
+  const __m512i factor = _mm512_set1_epi32(static_cast<int32_t>(static_cast<uint32_t>(quotient)));
   const __m128i places = _mm_cvtsi32_si128(31 - c.bits);
   const __m512i rounding = _mm512_set1_epi32(c.rounding);
   const __m512i largest = _mm512_set1_epi32((1 << c.bits) - 1);
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const __mmask16 tail = Tail(n - i);
+  ForVectors(n, [&](int64_t i, __mmask16 tail) {
     const __m512i scaled = _mm512_mullo_epi32(Load(buffer + i, tail), factor);
     const __m512i halves = _mm512_add_epi32(_mm512_srl_epi32(scaled, places), rounding);
     const __m512i y = _mm512_min_epu32(_mm512_srli_epi32(halves, 1), largest);
     _mm512_mask_cvtepi32_storeu_epi8(out + i, tail, y);
-  }
+  });
 }
 
-void Softmax512(const int32_t* x, const int32_t* mask, int64_t n, const SoftmaxConstants& c,
-                int32_t* buffer, uint8_t* out) {
-  IsPlainSquare(c.exp.polynomial) ? SoftmaxRow512<true>(x, mask, n, c, buffer, out)
-                                  : SoftmaxRow512<false>(x, mask, n, c, buffer, out);
+void Softmax512(const int32_t* x, const int32_t* mask, int64_t rows, int64_t n,
+                const SoftmaxConstants& c, int32_t* buffer, uint8_t* out) {
+  const Exp512 exp(c.exp);
+  for (int64_t row = 0; row < rows; ++row, x += n, out += n)
+    exp.plain ? SoftmaxRow512<true>(exp, x, mask, n, c, buffer, out)
+              : SoftmaxRow512<false>(exp, x, mask, n, c, buffer, out);
 }
 
 int64_t SumOfSquares512(const int32_t* v, int64_t n, int32_t shift) {
@@ -259,6 +367,7 @@ constexpr IntegerKernels Vectorized() {
   kernels.rescale_columns = RescaleColumns512;
   kernels.requantize = Requantize512;
   kernels.rescale = RescaleAll512;
+  kernels.gelu = Gelu512;
   kernels.softmax = Softmax512;
   kernels.norm = Norm512;
   return kernels;

@@ -194,10 +194,12 @@ inline void SoftmaxRow(const int32_t* __restrict x, const int32_t* __restrict ma
   }
 }
 
-inline void Softmax(const int32_t* x, const int32_t* mask, int64_t n, const SoftmaxConstants& c,
-                    int32_t* buffer, uint8_t* out) {
-  IsPlainSquare(c.exp.polynomial) ? SoftmaxRow<true>(x, mask, n, c, buffer, out)
-                                  : SoftmaxRow<false>(x, mask, n, c, buffer, out);
+inline void Softmax(const int32_t* x, const int32_t* mask, int64_t rows, int64_t n,
+                    const SoftmaxConstants& c, int32_t* buffer, uint8_t* out) {
+  const bool plain = IsPlainSquare(c.exp.polynomial);
+  for (int64_t row = 0; row < rows; ++row, x += n, out += n)
+    plain ? SoftmaxRow<true>(x, mask, n, c, buffer, out)
+          : SoftmaxRow<false>(x, mask, n, c, buffer, out);
 }
 
 // The mean, halves up, by sums of a block at a time: they fit into int32.
@@ -277,6 +279,17 @@ inline void AddClipped(const int32_t* __restrict a, const int32_t* __restrict b,
   for (int64_t i = 0; i < n; ++i) out[i] = static_cast<int16_t>(std::clamp(a[i] + b[i], low, high));
 }
 
+inline void GeluColumns(const int32_t* x, const ColumnFactors& factors, int64_t n,
+                        const ErfConstants& constants, int32_t one, const Rescale& how, int bytes,
+                        void* out) {
+  int32_t t[kIntegerBlock];
+  int32_t product[kIntegerBlock];
+  RescaleColumns(x, factors, n, -32767, 32767, t);
+  Gelu(t, n, constants, one, product);
+  RescaleAll(product, n, how, t);
+  bytes == 1 ? Narrow8(t, n, out) : Narrow16(t, n, static_cast<int16_t*>(out));
+}
+
 inline void RequantizeColumns(const int32_t* x, const ColumnFactors& factors, int64_t n,
                               int32_t zero_point, int32_t low, int32_t high, int bytes, void* out) {
   int32_t block[kIntegerBlock];
@@ -286,7 +299,7 @@ inline void RequantizeColumns(const int32_t* x, const ColumnFactors& factors, in
 }
 
 constexpr IntegerKernels kGenericLoops = {
-    RescaleColumns, RequantizeColumns, RescaleAll, Exponential, Erf,     Gelu,
+    RescaleColumns, RequantizeColumns, RescaleAll, Exponential, Erf,     GeluColumns,
     Silu,           Softmax,           Norm,       Widen8,      Widen16, Narrow8,
     Narrow16,       AddClipped,
 };

@@ -63,11 +63,17 @@ class LinearInput {
   // The same plus zero_point, written in `bytes` a column.
   void Requantize(const IntegerKernels& kernels, int64_t first, int64_t n, int32_t zero_point,
                   int32_t low, int32_t high, int bytes, void* out) const;
+  // GELU of them, see IntegerKernels.
+  void Gelu(const IntegerKernels& kernels, int64_t first, int64_t n, const ErfConstants& constants,
+            int32_t one, const onnxq::Rescale& how, int bytes, void* out) const;
   // The end of the block that starts at `first`, not beyond `last`.
   int64_t BlockEnd(int64_t first, int64_t last) const;
 
  private:
   const int32_t* Factor(int which, int64_t column) const;
+  ColumnFactors Factors(int64_t first) const;
+  const int32_t* Widened(const IntegerKernels& kernels, int64_t first, int64_t n,
+                         int32_t* buffer) const;
 
   std::vector<int64_t> shape_;
   int64_t size_ = 0;

@@ -98,12 +98,17 @@ class MaskRows {
     return true;
   }
 
-  // Where the mask's numbers of a row of x begin.
-  int64_t StartOf(int64_t row) const {
+  // Where the mask's numbers of a row of x begin, and how many rows from there on share them.
+  int64_t StartOf(int64_t row, int64_t* shared) const {
     int64_t start = 0;
+    int64_t period = 1;
+    bool alike = true;
+    *shared = 1;
     for (size_t i = x_.size() - 1; i-- > 0;) {
-      start += row % x_[i] * strides_[i];
-      row /= x_[i];
+      start += row / period % x_[i] * strides_[i];
+      alike = alike && strides_[i] == 0;
+      period *= x_[i];
+      if (alike) *shared = period - row % period;
     }
     return start;
   }
@@ -159,17 +164,24 @@ ort::OrtStatus* IntegerSoftmax<type>::Compute(const Api& api,
   const size_t buffers = scratch.Reserve<int32_t>(tasks.count * width * 2);
   ONNXQ_RETURN_IF_ERROR(scratch.Allocate(allocator_.get()));
   const auto* const numbers = static_cast<const int32_t*>(mask.data);
-  return tasks.Run(api, context, [&](int64_t task, int64_t row) {
+  return ParallelFor(api, context, static_cast<size_t>(tasks.count), [&](size_t index) {
+    const auto task = static_cast<int64_t>(index);
     int32_t* const buffer = scratch.Get<int32_t>(buffers) + task * width * 2;
-    const int32_t* added = numbers + rows.StartOf(row);
-    if (rows.IsFlat() && *added == 0) {
-      added = nullptr;
-    } else if (rows.IsFlat()) {
-      std::fill_n(buffer + width, width, *added);
-      added = buffer + width;
+    const int64_t last = std::min(tasks.rows, (task + 1) * tasks.per_task);
+    for (int64_t row = task * tasks.per_task; row < last;) {
+      int64_t shared = 0;
+      const int32_t* added = numbers + rows.StartOf(row, &shared);
+      if (rows.IsFlat() && *added == 0) {
+        added = nullptr;
+      } else if (rows.IsFlat()) {
+        std::fill_n(buffer + width, width, *added);
+        added = buffer + width;
+      }
+      const int64_t count = std::min(shared, last - row);
+      kernels_->softmax(static_cast<const int32_t*>(x.data) + row * width, added, count, width,
+                        constants_, buffer, static_cast<uint8_t*>(output) + row * width);
+      row += count;
     }
-    kernels_->softmax(static_cast<const int32_t*>(x.data) + row * width, added, width, constants_,
-                      buffer, static_cast<uint8_t*>(output) + row * width);
   });
 }
 

@@ -155,7 +155,7 @@ class Emitter:
 
     def factors(self, ratio: npt.ArrayLike) -> list[ir.Value]:
         """Dyadic multiplier and shift as constants ``[N]`` or ``[1]``."""
-        multiplier, shift = dyadic(np.atleast_1d(np.asarray(ratio, np.float64)))
+        multiplier, shift = one_shift(np.atleast_1d(np.asarray(ratio, np.float64)))
         return [self.constant(multiplier, "multiplier"), self.constant(shift, "shift")]
 
     def linear_inputs(self, form: Form, scale: float) -> list[ir.Value]:
@@ -213,6 +213,16 @@ class Emitter:
     def wide_limits(self) -> dict[str, int]:
         """The attributes low and high of operators that write wide values."""
         return {"low": -self.limit, "high": self.limit}
+
+
+def one_shift(ratio: Float64) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """Dyadic factors over one power of two where every mantissa keeps 24 bits: kernels like it."""
+    multiplier, shift = dyadic(ratio)
+    least = int(shift.min())
+    if int(shift.max()) - least > 6:
+        return multiplier, shift
+    common = np.clip(np.rint(ratio * 2.0**least), -(2.0**31) + 1, 2.0**31 - 1)
+    return np.asarray(common, np.int32), np.array([least], np.int32)
 
 
 def _worth(form: Form) -> object:

@@ -36,6 +36,11 @@ def _factors(rng: np.random.Generator, n: int, ratio: float) -> dict[str, Array]
     return {"bias": bias, "multiplier": multiplier, "shift": shift}
 
 
+def one_shift(factors: dict[str, Array], shift: int) -> dict[str, Array]:
+    """The same with one shift for all columns."""
+    return {**factors, "shift": np.array([shift], np.int32)}
+
+
 def linear_inputs(rng: np.random.Generator, shape: tuple[int, ...], ratio: float) -> Array:
     """Accumulators of which some lie on the borders of rounding and of int32."""
     x = _accumulators(rng, shape)
@@ -69,6 +74,11 @@ def requantize(dtype: str) -> Iterator[Raw]:
     rows = np.concatenate([_EXTREMES, np.arange(-40, 40, dtype=np.int32)])
     x = np.repeat(rows[:, None], len(pairs), axis=1)
     yield "borders", {"x": x}, factors | zero, attributes, False
+    for shift in (30, 31, 32, 40):
+        for n in (1, 16, 37):
+            factors = one_shift(_factors(rng, n, 0.5), shift)
+            x = linear_inputs(rng, (4, n), 1e-3)
+            yield f"one shift {shift}, {n}", {"x": x}, factors | zero, attributes, False
     narrow = {"low": low + 1, "high": high - 2}
     everything = {"x": linear_inputs(rng, (5, 40), 1e-3), **_factors(rng, 40, 1e-3), **zero}
     yield "no constants", everything, {}, narrow, True
@@ -204,6 +214,10 @@ def _activation(dtype: str, attributes_of: Any) -> Iterator[Raw]:
         "multiplier": np.array([2**30], np.int32),
         "shift": np.array([30], np.int32),
     }
+    for shift in (30, 31, 33):
+        constants = one_shift(_factors(rng, 37, 0.1), shift) | zero
+        x = linear_inputs(rng, (5, 37), 0.1)
+        yield f"one shift {shift}", {"x": x}, constants, attributes, False
     everything = np.arange(-32768, 32768, dtype=np.int16)
     for scale, degree in ((8e-5, 2), (3e-4, 2), (1e-3, 3), (2e-3, 4), (0.02, 2)):
         attributes = attributes_of(scale, degree)
