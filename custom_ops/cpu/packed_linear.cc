@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kLayout = 1;
 constexpr int64_t kMinGroup = 16;
 constexpr int64_t kMaxExtent = int64_t{1} << 30;  // no product of extents overflows
-constexpr int64_t kMaxIntegerGroup = 65536;  // 127 * 255 * 65536 < 2^31
+constexpr int64_t kMaxIntegerGroup = 65536;       // 127 * 255 * 65536 < 2^31
 
 // A task costs more than it does below this: bytes of weights for few rows, elements to quantize.
 constexpr int64_t kBytesPerTask = 131072;

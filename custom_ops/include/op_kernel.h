@@ -222,18 +222,8 @@ inline ort::OrtStatus* SetOutputShape(const Api& api, const ort::OrtShapeInferCo
   ort::OrtTensorTypeAndShapeInfo* raw = nullptr;
   ONNXQ_RETURN_IF_ERROR(api.CreateTensorTypeAndShapeInfo(&raw));
   const ShapeInfo info(raw, ReleaseShapeInfo{&api});
-  // ONNX Runtime takes an unknown extent without a symbol for the number -1, which a Shape node then
-  // hands on as if it were known; a symbol of its own says that it is not.
-  static std::atomic<uint64_t> unknown{0};
-  std::vector<std::string> symbols = shape.names;
-  symbols.resize(shape.dims.size());
-  for (size_t axis = 0; axis < symbols.size(); ++axis) {
-    if (shape.dims[axis] < 0 && symbols[axis].empty()) {
-      symbols[axis] = "onnxq_unknown_" + std::to_string(++unknown);
-    }
-  }
   std::vector<const char*> names;
-  for (const std::string& symbol : symbols) names.push_back(symbol.c_str());
+  for (const std::string& symbol : shape.names) names.push_back(symbol.c_str());
   ONNXQ_RETURN_IF_ERROR(api.SetTensorElementType(info.get(), type));
   ONNXQ_RETURN_IF_ERROR(api.SetDimensions(info.get(), shape.dims.data(), shape.dims.size()));
   ONNXQ_RETURN_IF_ERROR(api.SetSymbolicDimensions(info.get(), names.data(), names.size()));
