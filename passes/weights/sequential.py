@@ -86,8 +86,8 @@ class Sequential(Pass):
     damping: float = 0.01
     act_order: bool = True
     alpha: float = 0.25
-    sweeps: int = 2
-    token_cap: float = 8.0
+    sweeps: int = 0
+    token_cap: float = 0.0
     cache: str = ""
 
     def __post_init__(self) -> None:
