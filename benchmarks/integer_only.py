@@ -5,9 +5,10 @@
     python benchmarks/integer_only.py --json                one object a line
 
 Shapes are those of MiniLM at 128 tokens. Ours and ONNX Runtime's run in turn in one process with
-one thread, and a time is the thread's processor time, the 25th percentile over the rounds. The integer
-operators read int32 sums (int16 sums for LayerNorm) and write 8 bits (16), with bias and rescaling;
-the float ones read and write float32, without. `ratio` is the peer's time divided by ours.
+one thread, and a time is the thread's processor time, the 25th percentile over the rounds. The
+integer operators read int32 sums (int16 sums for LayerNorm) and write 8 bits (16), with bias and
+rescaling; the float ones read and write float32, without. `ratio` is the peer's time divided by
+ours.
 """
 
 from __future__ import annotations

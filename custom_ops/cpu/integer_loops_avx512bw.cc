@@ -211,14 +211,18 @@ __m512i MultiplyHigh(__m512i a, __m512i b) {
   return _mm512_mask_blend_epi32(kOdd, OddOf(even), odd);
 }
 
-// What ExpOf computes, of a vector.
+// What ExpOf computes, of a vector. Distances come with 13 * ln2 added: the quotient by ln2 is then
+// the count of the last shift but one. Halves are rounded up by the mean with 0 of 16-bit numbers.
 struct Exp512 {
+  static constexpr int32_t kPlaces = 13;
+
   __m512i ln2;
   __m512i multiplier;
   __m512i p[5];
   __m128i s[4];
   __m128i raise;
   __m512 inverse;
+  __m512 half_inverse;
   bool plain;
 
   explicit Exp512(const ExpConstants& c)
@@ -226,16 +230,17 @@ struct Exp512 {
         multiplier(_mm512_set1_epi32(c.multiplier)),
         raise(_mm_cvtsi32_si128(46 - c.shift)),
         inverse(_mm512_set1_ps(1.0F / static_cast<float>(c.ln2))),
+        half_inverse(_mm512_set1_ps(0.5F / static_cast<float>(c.ln2))),
         plain(IsPlainSquare(c.polynomial)) {
     for (int i = 0; i < 5; ++i) p[i] = _mm512_set1_epi32(c.polynomial.p[i]);
     for (int i = 0; i < 4; ++i) s[i] = _mm_cvtsi32_si128(c.polynomial.s[i]);
   }
 
   template <bool is_plain>
-  __m512i Of(__m512i distance) const {
-    const __m512 shifted = _mm512_add_ps(_mm512_cvtepi32_ps(distance), _mm512_set1_ps(0.5F));
-    const __m512i halvings = _mm512_cvttps_epi32(_mm512_mul_ps(shifted, inverse));
-    const __m512i r = _mm512_sub_epi32(_mm512_mullo_epi32(halvings, ln2), distance);
+  __m512i Of(__m512i raised) const {
+    const __m512 quotient = _mm512_fmadd_ps(_mm512_cvtepi32_ps(raised), inverse, half_inverse);
+    const __m512i places = _mm512_cvttps_epi32(quotient);
+    const __m512i r = _mm512_sub_epi32(_mm512_mullo_epi32(places, ln2), raised);
     __m512i z;
     if constexpr (is_plain) {
       z = _mm512_add_epi32(_mm512_mullo_epi32(_mm512_add_epi32(r, p[3]), r), p[4]);
@@ -245,10 +250,8 @@ struct Exp512 {
         z = _mm512_add_epi32(_mm512_sra_epi32(_mm512_mullo_epi32(z, r), s[i]), p[i + 1]);
     }
     const __m512i kept = MultiplyHigh(_mm512_sll_epi32(z, raise), multiplier);
-    // A count of 32 and more gives 0.
-    const __m512i places = _mm512_add_epi32(halvings, _mm512_set1_epi32(13));
-    const __m512i halves = _mm512_srlv_epi32(kept, places);
-    return _mm512_srli_epi32(_mm512_add_epi32(halves, _mm512_set1_epi32(1)), 1);
+    // A count of 32 and more gives 0; the results are below 2^16.
+    return _mm512_avg_epu16(_mm512_srlv_epi32(kept, places), _mm512_setzero_si512());
   }
 };
 
@@ -263,7 +266,8 @@ inline void SoftmaxRow512(const Exp512& exp, const int32_t* x, const int32_t* ma
     most512 = _mm512_mask_max_epi32(most512, tail, most512, d);
   });
   const int32_t most = _mm512_reduce_max_epi32(most512);
-  const __m512i top = _mm512_set1_epi32(most);
+  // Modulo 2^32, as the difference is.
+  const __m512i top = _mm512_set1_epi32(Add32(most, Exp512::kPlaces * c.exp.ln2));
   const __m512i lowest = _mm512_set1_epi32(LowestOf(most, c.exp.ln2));
   int64_t sum = 0;
   for (int64_t first = 0; first < n; first += 65536) {
@@ -282,12 +286,14 @@ inline void SoftmaxRow512(const Exp512& exp, const int32_t* x, const int32_t* ma
   const auto quotient = static_cast<int64_t>(4294967296.0 / static_cast<double>(sum));
   const __m512i factor = _mm512_set1_epi32(static_cast<int32_t>(static_cast<uint32_t>(quotient)));
   const __m128i places = _mm_cvtsi32_si128(31 - c.bits);
-  const __m512i rounding = _mm512_set1_epi32(c.rounding);
   const __m512i largest = _mm512_set1_epi32((1 << c.bits) - 1);
+  const bool nearest = c.rounding != 0;
   ForVectors(n, [&](int64_t i, __mmask16 tail) {
     const __m512i scaled = _mm512_mullo_epi32(Load(buffer + i, tail), factor);
-    const __m512i halves = _mm512_add_epi32(_mm512_srl_epi32(scaled, places), rounding);
-    const __m512i y = _mm512_min_epu32(_mm512_srli_epi32(halves, 1), largest);
+    const __m512i halves = _mm512_srl_epi32(scaled, places);
+    const __m512i rounded =
+        nearest ? _mm512_avg_epu16(halves, _mm512_setzero_si512()) : _mm512_srli_epi32(halves, 1);
+    const __m512i y = _mm512_min_epu32(rounded, largest);
     _mm512_mask_cvtepi32_storeu_epi8(out + i, tail, y);
   });
 }
