@@ -7,11 +7,11 @@
     python benchmarks/end_to_end.py --quick              stories260K and few sentences
 
 All weights are rounded to nearest, INT4 in symmetric blocks of 32, ours with scales of the least
-squared error. MiniLM: one sentence of 128 tokens; Spearman x 100 over STS-B dev pairs. SmolLM2-135M with a
-key/value cache: a prompt of 128 tokens, then one token after those 128; perplexity on windows of
-512 tokens of wiki.test. Its output layer, a fifth of the weights and tied to the embedding, stays
-float but where the row says otherwise; onnxruntime's int4 cannot reach it behind its Transpose.
-onnxruntime's dynamic int8 also rounds embeddings, with one scale a tensor. One
+squared error. MiniLM: one sentence of 128 tokens; Spearman x 100 over STS-B dev pairs. SmolLM2-135M
+with a key/value cache: a prompt of 128 tokens, then one token after those 128; perplexity on
+windows of 512 tokens of wiki.test. Its output layer, a fifth of the weights and tied to the
+embedding, stays float but where the row says otherwise; onnxruntime's int4 cannot reach it behind
+its Transpose. onnxruntime's dynamic int8 also rounds embeddings, with one scale a tensor. One
 thread, all models in turn in one process: medians of processor time, and speed-ups over fp32 as
 medians over rounds, so that other load hardly counts.
 """
