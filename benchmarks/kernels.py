@@ -27,6 +27,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -348,15 +349,19 @@ def busy_seconds(run: Callable[[], object]) -> float:
 
     On an idle machine that is the time on the clock, once all threads are awake.
     """
-    clocks = [_thread_clock(int(entry.name)) for entry in os.scandir("/proc/self/task")]
-    began = [time.clock_gettime(clock) for clock in clocks]
+    began = _thread_seconds()
     run()
-    return max(time.clock_gettime(c) - then for c, then in zip(clocks, began, strict=True))
+    return max(now - began.get(thread, 0) for thread, now in _thread_seconds().items())
 
 
-def _thread_clock(thread: int) -> int:
-    """Linux's clock of the processor time of a thread (``CPUCLOCK_SCHED``, per thread)."""
-    return (~thread << 3) | 6
+def _thread_seconds() -> dict[int, float]:
+    """Processor time of each thread, by Linux's clocks (``CPUCLOCK_SCHED``, per thread)."""
+    found = {}
+    for entry in os.scandir("/proc/self/task"):
+        thread = int(entry.name)
+        with suppress(OSError):  # it has ended
+            found[thread] = time.clock_gettime((~thread << 3) | 6)
+    return found
 
 
 def compare(
