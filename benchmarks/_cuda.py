@@ -10,9 +10,12 @@ import ml_dtypes
 import numpy as np
 
 from onnxq.custom_ops.cuda_calls import (
+    MATRIX_WORKSPACE,
     CudaKernels,
     ElementType,
     HadamardArgs,
+    MatrixProduct,
+    MatrixType,
     PerTokenArgs,
     QuantMatMulArgs,
     Route,
@@ -138,6 +141,31 @@ class Device:
             self.kernels.hadamard(args, element_of(x), stream=self.stream())
 
         return run, y, scales
+
+    def matrix_product(
+        self, x: Any, weights: Any, *, x_scales: Any = None, weights_scales: Any = None
+    ) -> tuple[Callable[[], None], Any]:
+        """What runs ``x @ weights.T`` of int8 or FP8 on cuBLASLt, and where it writes."""
+        import torch
+
+        integers = x.dtype == torch.int8
+        dtype = torch.int32 if integers else torch.bfloat16
+        y = torch.empty(x.shape[0], weights.shape[0], dtype=dtype, device="cuda")
+        workspace = torch.empty(MATRIX_WORKSPACE, dtype=torch.uint8, device="cuda")
+        product = MatrixProduct(
+            *(x.shape[0], weights.shape[0], x.shape[1]),
+            MatrixType.INT8 if integers else MatrixType.FLOAT8E4M3,
+            MatrixType.INT32 if integers else MatrixType.BFLOAT16,
+            *(x.data_ptr(), weights.data_ptr(), y.data_ptr()),
+            *(None if t is None else t.data_ptr() for t in (x_scales, weights_scales)),
+            workspace.data_ptr(),
+        )
+
+        def run() -> None:
+            assert workspace.is_cuda  # held as long as the launches
+            self.kernels.matrix_product(product, stream=self.stream())
+
+        return run, y
 
 
 class Weight:

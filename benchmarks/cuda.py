@@ -184,6 +184,37 @@ def peers(kind: str, x: Any, k: int, n: int) -> Iterator[tuple[str, float]]:
             yield f"ort {name}", timed
 
 
+def fp8_products(device: Device, *, quick: bool) -> Iterator[dict[str, Any]]:
+    """FP8 activations by token and weights by channel, with fused scales, beside PyTorch's call."""
+    import torch
+
+    for k, n in QUICK_SHAPES if quick else SHAPES:
+        w = torch.randn(n, k, device="cuda").to(torch.float8_e4m3fn)
+        ws = [w, *(w.clone() for _ in range(copies(n * k) - 1))]
+        columns = torch.rand(n, device="cuda") + 0.5
+        for m in (256,) if quick else (256, 1024, 4096):
+            x = torch.randn(m, k, device="cuda").to(torch.float8_e4m3fn)
+            rows = torch.rand(m, device="cuda") + 0.5
+            runs = [
+                device.matrix_product(x, one, x_scales=rows, weights_scales=columns) for one in ws
+            ]
+            runs[-1][0]()
+            torch.cuda.synchronize()
+            scales = rows.double()[:, None] * columns.double()
+            exact = x.double() @ w.double().T * scales
+            size = x.double().abs() @ w.double().abs().T * scales
+            ours = time_graph([run for run, _ in runs])
+            yield {
+                "case": "fp8 x fp8", "M": m, "K": k, "N": n, "unit": "us", "ours": ours,
+                "gbps": (n * k + m * (k + 2 * n)) / ours / 1e3,
+                "tflops": 2.0 * m * k * n / ours / 1e6,
+                "error": _share(
+                    runs[-1][1].double(), exact, exact.abs() * 2.0**-8 + size * 2.0**-10
+                ),
+                **_against("cuBLASLt FP8 x FP8", cublaslt_fp8(x, k, n), ours),
+            }  # fmt: skip
+
+
 def cublaslt_fp8(x: Any, k: int, n: int) -> float:
     """A product of FP8 activations by token and weights by channel, through PyTorch."""
     import torch
@@ -335,7 +366,7 @@ def main() -> int:
     device = Device()
     wrong = []
     table: list[Row] = []
-    for work in (products, rows_kernels):
+    for work in (products, fp8_products, rows_kernels):
         for row in work(device, quick=options.quick):
             if not row["error"] <= 1:
                 wrong.append(row)

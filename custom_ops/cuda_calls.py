@@ -118,6 +118,31 @@ class Plan(ctypes.Structure):
     )
 
 
+class MatrixType(IntEnum):
+    """cuBLASLt's numbers of the types that `MatrixProduct` takes."""
+
+    FLOAT32 = 0
+    FLOAT16 = 2
+    INT8 = 3
+    INT32 = 10
+    BFLOAT16 = 14
+    FLOAT8E4M3 = 28
+
+
+class MatrixProduct(ctypes.Structure):
+    """``MatrixProduct`` of ``cublas_lt.h``; ``workspace`` has ``MATRIX_WORKSPACE`` bytes."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("m", "n", "k")),
+        *((name, ctypes.c_int) for name in ("input", "output")),
+        *((name, ctypes.c_void_p) for name in ("x", "weights", "y")),
+        *((name, ctypes.c_void_p) for name in ("x_scales", "weights_scales", "workspace")),
+    )
+
+
+MATRIX_WORKSPACE = 32 << 20
+
+
 class CudaKernels:
     """The launch functions of a CUDA library. Pointers are to device memory, unless they say so.
 
@@ -200,6 +225,12 @@ class CudaKernels:
             self._handle.onnxq_cuda_hadamard(
                 ctypes.byref(args), int(element), ctypes.c_void_p(stream)
             )
+        )
+
+    def matrix_product(self, product: MatrixProduct, *, stream: int) -> None:
+        """``y = x @ weights.T`` on cuBLASLt, with scales of the rows of both for FP8."""
+        self._check(
+            self._handle.onnxq_cuda_matrix_product(ctypes.byref(product), ctypes.c_void_p(stream))
         )
 
     def _check(self, code: int) -> None:

@@ -156,6 +156,13 @@ ONNXQ_CUDA_EXPORT int onnxq_cuda_quant_mat_mul(const QuantMatMulArgs* args, int 
   return kErrorArguments;
 }
 
+ONNXQ_CUDA_EXPORT int onnxq_cuda_matrix_product(const MatrixProduct* product, cudaStream_t stream) {
+  if (product->m == 0) return 0;
+  int device = 0;
+  const int status = static_cast<int>(cudaGetDevice(&device));
+  return status != 0 ? status : RunMatrixProduct(*product, device, stream);
+}
+
 ONNXQ_CUDA_EXPORT int onnxq_cuda_find_nan_codes(const uint8_t* codes, int64_t count, int* found,
                                                 cudaStream_t stream) {
   FindNanCodes<<<512, 256, 0, stream>>>(codes, count, found);

@@ -55,6 +55,9 @@ int onnxq_cuda_per_token(const onnxq::cuda::PerTokenArgs* args, int rows, int el
 
 int onnxq_cuda_hadamard(const onnxq::cuda::HadamardArgs* args, int element, OnnxqStream stream);
 
+// A plain product on cuBLASLt: int8 to int32, or FP8 with a scale a row of each operand, fused.
+int onnxq_cuda_matrix_product(const onnxq::cuda::MatrixProduct* product, OnnxqStream stream);
+
 // Sets *found (device memory) to 1 where a byte is a code of E4M3's NaN; it must be 0 before.
 int onnxq_cuda_find_nan_codes(const uint8_t* codes, int64_t count, int* found, OnnxqStream stream);
 

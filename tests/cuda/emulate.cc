@@ -220,3 +220,10 @@ ONNXQ_EXPORT void decode_word(int type, int kind, uint32_t word, float z, uint32
   if (type == 1) DecodeWord<Half>(static_cast<WeightKind>(kind), word, z, pairs);
   if (type == 2) DecodeWord<Bfloat>(static_cast<WeightKind>(kind), word, z, pairs);
 }
+
+// Of the structs that Python mirrors, in the order of the test.
+ONNXQ_EXPORT int struct_bytes(int which) {
+  const size_t sizes[] = {sizeof(QuantMatMulArgs), sizeof(PerTokenArgs), sizeof(HadamardArgs),
+                          sizeof(Plan), sizeof(MatrixProduct)};
+  return static_cast<int>(sizes[which]);
+}

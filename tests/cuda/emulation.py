@@ -164,6 +164,10 @@ class Emulation:
         self._check(self._handle.emulate_hadamard(ctypes.byref(args), int(ELEMENT_TYPES[x.dtype])))
         return y, scales
 
+    def struct_bytes(self, which: int) -> int:
+        """Size of a struct of the C interface."""
+        return int(self._handle.struct_bytes(which))
+
     @staticmethod
     def _check(message: bytes | None) -> None:
         if message is not None:

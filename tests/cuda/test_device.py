@@ -145,6 +145,30 @@ def test_hadamard_gives_the_cpu_s_bits(
         assert torch.equal(scales, expected_scales)
 
 
+def test_matrix_products(device: Device, rng: np.random.Generator) -> None:
+    import torch
+
+    m, n, k = 256, 384, 512
+    q, w = (
+        torch.from_numpy(rng.integers(-127, 128, size=shape, dtype=np.int8)).cuda()
+        for shape in ((m, k), (n, k))
+    )
+    run, y = device.matrix_product(q, w)
+    run()
+    torch.cuda.synchronize()
+    assert torch.equal(y.double(), q.double() @ w.double().T)
+    x8, w8 = (t.float().mul(0.5).to(torch.float8_e4m3fn) for t in (q, w))
+    rows = torch.rand(m, device="cuda") + 0.5
+    columns = torch.rand(n, device="cuda") + 0.5
+    run, y = device.matrix_product(x8, w8, x_scales=rows, weights_scales=columns)
+    run()
+    torch.cuda.synchronize()
+    exact = (x8.double() @ w8.double().T) * rows.double()[:, None] * columns.double()
+    size = (x8.double().abs() @ w8.double().abs().T) * rows.double()[:, None] * columns.double()
+    # Hopper sums FP8 products in fewer bits than float32.
+    assert ((y.double() - exact).abs() <= exact.abs() * 2.0**-8 + size * 2.0**-10).all()
+
+
 def test_routes_agree(device: Device, rng: np.random.Generator) -> None:
     """The plain kernel and the one of the tensor cores, on the same input."""
     import torch

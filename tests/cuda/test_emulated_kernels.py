@@ -8,6 +8,7 @@ benchmarks/cuda.py check that where there is a device.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 from typing import Any
 
@@ -16,7 +17,15 @@ import numpy as np
 import pytest
 
 from onnxq import custom_ops
-from onnxq.custom_ops.cuda_calls import QuantMatMulArgs, Route, WeightKind
+from onnxq.custom_ops.cuda_calls import (
+    HadamardArgs,
+    MatrixProduct,
+    PerTokenArgs,
+    Plan,
+    QuantMatMulArgs,
+    Route,
+    WeightKind,
+)
 from onnxq.custom_ops.packed_weight import PackedWeight
 from onnxq.solvers.hadamard import hadamard_matrix
 from tests.cuda.emulation import BFLOAT16, Array, Emulation, exact, half_step
@@ -180,6 +189,12 @@ def test_every_code_decodes_exactly(emulation: Emulation, dtype: np.dtype[Any]) 
                 word = sum((byte if i == place else other) << 8 * i for i in range(4))
                 got = emulation.decode_word(dtype, kind, word, z)
                 assert np.array_equal(got, expected - z), (kind, z, code, place)
+
+
+def test_structs_are_those_of_the_c_interface(emulation: Emulation) -> None:
+    mirrored = (QuantMatMulArgs, PerTokenArgs, HadamardArgs, Plan, MatrixProduct)
+    for which, struct in enumerate(mirrored):
+        assert ctypes.sizeof(struct) == emulation.struct_bytes(which), struct
 
 
 def test_levels_are_recognized(emulation: Emulation) -> None:
