@@ -110,6 +110,15 @@ def configurations() -> Iterator[Configuration]:
         yield Configuration(
             f"rtn-{fmt}", f"onnxq RTN, {fmt}", weights(fmt), peers=peers, decoded=True
         )
+    for fmt in ("mxfp6e2m3", "fp8e4m3", "mxint8", "nvfp4-46"):
+        yield Configuration(
+            f"seq-gptq-{fmt}",
+            f"onnxq sequential GPTQ, {fmt}",
+            weights(fmt),
+            "sequential",
+            peers=("fp32", f"rtn-{fmt}"),
+            decoded=True,
+        )
 
 
 SOLVERS = (
