@@ -50,6 +50,7 @@ class _PartLowering:
         self._names = Names(model.graph)
         self._linear, self._site = linear, site
         self._nodes: list[ir.Node] = []
+        self._shared: tuple[ir.Value, ir.Value] | None = None
         x = linear.node.inputs[1 - linear.weight_index]
         if x is None:
             raise InternalError("STALE-MATCH", f"{site.site} reads nothing")
@@ -140,9 +141,18 @@ class _PartLowering:
         dtype = weight.codes.dtype if fmt is None else fmt.numpy_dtype
         return (
             self._constant(f"{base}_weight_quantized", weight.codes[rows].astype(dtype)),
-            self._constant(f"{base}_weight_scale", weight.scale),
-            self._constant(f"{base}_weight_zero_point", weight.zero_point),
+            *self._scales(weight),
         )
+
+    def _scales(self, weight: QuantizedWeight) -> tuple[ir.Value, ir.Value]:
+        """Scales and zero points of the weight, stored once for all parts."""
+        if self._shared is None:
+            base = f"{self._linear.name}_weight"
+            self._shared = (
+                self._constant(f"{base}_scale", weight.scale),
+                self._constant(f"{base}_zero_point", weight.zero_point),
+            )
+        return self._shared
 
     def _constant(self, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
         return add_initializer(self._graph, self._names.fresh(name), array)
