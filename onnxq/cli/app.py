@@ -95,6 +95,9 @@ class App(click.Group):
         except BrokenPipeError:
             return failure.leave_broken_pipe()
         except Exception as error:
+            interrupt = failure.interrupt_behind(error)
+            if interrupt is not None:
+                return failure.leave_interrupted(interrupt, state)
             return failure.leave_with(error, state)
 
 

@@ -139,6 +139,17 @@ def leave_with(error: Exception, state: State) -> int:
     return known.exit_code
 
 
+def interrupt_behind(error: BaseException) -> KeyboardInterrupt | None:
+    """The interrupt that ``error`` was made of.
+
+    A signal that arrives while a compiled module is imported becomes an ``ImportError``.
+    """
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, KeyboardInterrupt):
+        seen = seen.__cause__ or seen.__context__
+    return seen
+
+
 def leave_interrupted(error: BaseException, state: State) -> int:
     """Say what an interrupted command left behind."""
     number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT

@@ -10,7 +10,7 @@ Equal models give equal bytes: nothing that is written depends on the time, the 
 from onnxq.graph.external import MAX_EXTERNAL_BYTES, FileTensor
 from onnxq.graph.identity import file_hash, fingerprint, get_provenance, set_provenance
 from onnxq.graph.probe import check_loads
-from onnxq.graph.read import data_files, load, size_on_disk
+from onnxq.graph.read import data_files, from_proto, load, size_on_disk
 from onnxq.graph.tensors import copy_model, copy_to_edit, tensor_slots
 from onnxq.graph.write import MAX_MESSAGE_BYTES, SavedModel, save, serialized, session_source
 
@@ -25,6 +25,7 @@ __all__ = [
     "data_files",
     "file_hash",
     "fingerprint",
+    "from_proto",
     "get_provenance",
     "load",
     "save",

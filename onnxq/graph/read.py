@@ -57,6 +57,35 @@ def load(path: str | os.PathLike[str], *, max_external_bytes: int = MAX_EXTERNAL
     return model
 
 
+def from_proto(proto: onnx.ModelProto) -> ir.Model:
+    """A copy of a model in memory, checked as :func:`load` checks a file.
+
+    Raises:
+        DataError: ``DATA-EXTERNAL-PATH``: weights lie in files whose folder nobody knows; and the
+            codes of :mod:`.check`.
+        UnsupportedError: as :func:`load`.
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    check.check_header(copy)
+    check.refuse_sparse(copy)
+    check.check_functions(copy)
+    for tensor in check.walk_tensors(copy):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            raise DataError(
+                "DATA-EXTERNAL-PATH",
+                f"the weight {tensor.name!r} of a model in memory lies in a file",
+                "give the model's path, or load the weights with it",
+            )
+        check.check_tensor(tensor)
+    check.sort_nodes(copy)
+    check.check_standard(copy)
+    try:
+        return ir.from_proto(copy)
+    except Exception as error:
+        raise _unreadable(Path("the model in memory"), error) from error
+
+
 def _parse(
     source: Path, descriptor: int, size: int
 ) -> tuple[onnx.ModelProto, Sequence[wire.Weight]]:

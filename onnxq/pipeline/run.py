@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from onnxq.errors import DataError, NoopError, QualityError
+from onnxq.errors import DataError, NoopError, QualityError, SpecError
 from onnxq.graph import io
 from onnxq.graph.atomic import check_target, reported, temporary_for
 from onnxq.passes.contract import Pass, Progress, no_progress
@@ -26,7 +26,7 @@ from onnxq.pipeline import recipes
 from onnxq.pipeline.compare import Comparison, compare_models
 from onnxq.pipeline.executors import open_executor
 from onnxq.pipeline.overwrite import refuse_overwrite
-from onnxq.pipeline.runner import Pipeline, RunResult, StepResult
+from onnxq.pipeline.runner import Pipeline, RunResult, StepResult, check_seed
 from onnxq.pipeline.samples import Split, split_holdout
 from onnxq.pipeline.stage import staging
 from onnxq.pipeline.task import TaskResult, TaskSpec, measure_task
@@ -259,7 +259,16 @@ def run(
         "seed": seed,
     }
     plan = _prepare(
-        Path(model), passes, output, calib, data_options, target, seed, holdout, threads, registry
+        _source(model),
+        passes,
+        output,
+        calib,
+        data_options,
+        target,
+        seed,
+        holdout,
+        threads,
+        registry,
     )
     if min_cosine is not None and plan.split.compare is None:
         raise DataError(
@@ -372,6 +381,17 @@ def dry_run(
     return str(pipeline), found
 
 
+def _source(model: str | os.PathLike[str]) -> Path:
+    """The file that a run reads; it is hashed, loaded and timed from there."""
+    if isinstance(model, str | os.PathLike):
+        return Path(model)
+    raise SpecError(
+        "SPEC-MODEL",
+        f"a run reads a model's file, and a {type(model).__name__} was given",
+        "give its path, or use onnxq.Pipeline(...).run(model), which works in memory",
+    )
+
+
 def _prepare(
     source: Path,
     passes: str | Sequence[Pass],
@@ -391,6 +411,7 @@ def _prepare(
     parse_target(chosen)
     if seed is None:
         seed = recipe.seed if recipe is not None and recipe.seed is not None else 0
+    check_seed(seed)
     validate(pipeline.passes, has_data=calib is not None, registry=registry)
     check_target(output)
     refuse_overwrite(output, "the output", source, calib, data_options.get("tokenizer"))

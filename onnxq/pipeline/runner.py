@@ -11,9 +11,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import onnx
 import onnx_ir as ir
 from threadpoolctl import threadpool_limits
 
+from onnxq.calibration.data import CalibrationData, open_data
 from onnxq.errors import InternalError, SpecError
 from onnxq.graph import io
 from onnxq.graph.spill import spill_new_tensors
@@ -36,7 +38,6 @@ from onnxq.pipeline.hooks import VERIFY_SAMPLES, Hook, Step, ValidityHook, Verif
 from onnxq.pipeline.validate import validate
 
 if TYPE_CHECKING:
-    from onnxq.calibration.data import CalibrationData
     from onnxq.passes.work import Executor
     from onnxq.pipeline.registry import Registry
     from onnxq.runtime.workspace import Sample
@@ -121,6 +122,16 @@ class Settings:
     executor: Executor | None = None
 
 
+def check_seed(seed: int) -> None:
+    """Refuse a seed that random generators do not take.
+
+    Raises:
+        SpecError: ``SPEC-SEED``.
+    """
+    if seed < 0:
+        raise SpecError("SPEC-SEED", f"the seed is {seed}", "use 0 or more")
+
+
 class Pipeline:
     """An ordered list of passes.
 
@@ -146,9 +157,9 @@ class Pipeline:
 
     def run(
         self,
-        model: ir.Model | str | os.PathLike[str],
+        model: ir.Model | onnx.ModelProto | str | os.PathLike[str],
         *,
-        data: CalibrationData | None = None,
+        data: CalibrationData | Any = None,
         holdout: CalibrationData | None = None,
         target: str | Target = "cpu",
         seed: int = 0,
@@ -164,7 +175,8 @@ class Pipeline:
 
         Args:
             model: a model or the path of one; it is not changed.
-            data: calibration samples.
+            data: calibration samples, or what :func:`onnxq.calibration.data.open_data` opens: a
+                list of dicts of feeds, a path.
             holdout: samples that no pass calibrates on.
             target: runtime that the output is for.
             seed: the only source of randomness.
@@ -178,12 +190,17 @@ class Pipeline:
             executor: takes the heavy work of passes, see :func:`onnxq.pipeline.executors`.
 
         Raises:
+            SpecError: ``SPEC-SEED``: the seed is negative.
             PipelineError: the order of the passes cannot work.
             DataError: calibration data is missing; ``dump_dir`` belongs to another run.
             UnsupportedError: ``TARGET-*``: the model does not fit the target.
             EquivalenceError: a pass broke its promise.
         """
+        check_seed(seed)
         validate(self.passes, has_data=data is not None, registry=self.registry)
+        reference = _reference(model)
+        if data is not None and not isinstance(data, CalibrationData):
+            data = open_data(data, reference)
         settings = Settings(
             data=data,
             holdout=holdout,
@@ -193,7 +210,6 @@ class Pipeline:
             progress=progress or no_progress,
             executor=executor,
         )
-        reference = model if isinstance(model, ir.Model) else io.load(model)
         check_input(reference, settings.target)
         # Before the passes run: they share the input's tensors, and may name those without a name.
         provenance = provenance_of(self.passes, reference, settings)
@@ -215,6 +231,13 @@ class Pipeline:
         check_output(state.model, settings.target)
         io.set_provenance(state.model, provenance)
         return RunResult(state.model, results, state.artifacts, provenance)
+
+
+def _reference(model: ir.Model | onnx.ModelProto | str | os.PathLike[str]) -> ir.Model:
+    """The model that a run starts from, whatever names or holds it."""
+    if isinstance(model, ir.Model):
+        return model
+    return io.from_proto(model) if isinstance(model, onnx.ModelProto) else io.load(model)
 
 
 @dataclass

@@ -41,9 +41,10 @@ class TaskSpec:
         given = {"task": task, "data": data, "task-limit": limit, "max-drop": max_drop}
         named = [f"--{name}" for name, value in given.items() if value is not None]
         if named:
+            missing = [f"--{name}" for name in ("task", "data") if given[name] is None]
             raise SpecError(
                 "SPEC-TASK",
-                f"{' and '.join(named)} without --task and --data",
+                f"{' and '.join(named)} without {' and '.join(missing)}",
                 "for example --task sts --data sts-dev.csv --max-drop 0.3",
             )
         return None

@@ -118,6 +118,8 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         (["passes", "--frobnicate"], "see `onnxq passes --help`"),
         (["inspect"], "see `onnxq inspect --help`"),
         (["bench", "m.onnx", "--threads", "0"], "see `onnxq bench --help`"),
+        (["bench", "m.onnx", "--seed", "-1"], "see `onnxq bench --help`"),
+        (["run", "m.onnx", "--passes", "w8a8", "--seed", "-1"], "see `onnxq run --help`"),
         (
             ["run", "m.onnx", "--passes", "assign,partiallayers=a", "assign,partialop-types=b"],
             "quote the text of --passes: the shell expands {a,b}; see `onnxq run --help`",
@@ -162,6 +164,19 @@ def test_signals_unwind_and_say_what_is_left(number: signal.Signals) -> None:
     _, stderr = child.communicate(timeout=20)
     assert child.returncode == 128 + number
     assert stderr == "interrupted: nothing was written\n"
+
+
+def test_an_interrupt_inside_an_import_is_no_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    def importing(*_: Any) -> None:
+        try:
+            raise failure.Terminated
+        except KeyboardInterrupt as error:
+            raise ImportError("initialization failed") from error
+
+    monkeypatch.setattr(app, "invoke", importing)
+    with pytest.raises(SystemExit) as caught:
+        app.main(["doctor"])
+    assert caught.value.code == 128 + signal.SIGTERM
 
 
 def test_closed_pipe_is_quiet() -> None:

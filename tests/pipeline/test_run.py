@@ -343,3 +343,10 @@ def test_a_full_disk_is_one_error_and_the_old_output_stays(source, out, monkeypa
         go(source, out)
     assert "SPACE" in caught.value.code or "FULL" in caught.value.code
     assert untouched(out)
+
+
+def test_a_model_in_memory_is_referred_to_the_pipeline(tmp_path):
+    with pytest.raises(SpecError) as caught:
+        onnxq.run(ir.to_proto(tiny_model()), "w8a8", out=tmp_path / "q.onnx")
+    assert caught.value.code == "SPEC-MODEL"
+    assert list(tmp_path.iterdir()) == []

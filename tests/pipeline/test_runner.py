@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import onnx
 import onnx.reference
 import onnx_ir as ir
 import pytest
@@ -351,3 +352,31 @@ def test_the_model_that_is_given_stays_as_it_is():
     Pipeline([Canonicalize()]).run(model)
     assert not model.graph[0].attributes["value"].as_tensor().name
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before
+
+
+def test_models_and_samples_are_taken_as_users_have_them(model, data):
+    expected = io.serialized(pipeline(FULL).run(model, data=data).model)
+    proto = ir.to_proto(model)
+    before = proto.SerializeToString()
+    for given in (proto, model):
+        assert io.serialized(pipeline(FULL).run(given, data=samples()).model) == expected
+    assert proto.SerializeToString() == before
+
+
+def test_protobuf_models_are_checked_as_files_are(model, data):
+    proto = ir.to_proto(model)
+    proto.graph.initializer[0].data_location = onnx.TensorProto.EXTERNAL
+    with pytest.raises(DataError) as caught:
+        pipeline(FULL).run(proto, data=data)
+    assert caught.value.code == "DATA-EXTERNAL-PATH"
+    proto = ir.to_proto(model)
+    proto.graph.node[0].op_type = "Bogus"
+    with pytest.raises(DataError) as caught:
+        pipeline(FULL).run(proto, data=data)
+    assert caught.value.code == "DATA-INVALID-MODEL"
+
+
+def test_a_negative_seed_is_refused(model, data):
+    with pytest.raises(SpecError) as caught:
+        pipeline(FULL).run(model, data=data, seed=-1)
+    assert caught.value.code == "SPEC-SEED"

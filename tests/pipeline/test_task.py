@@ -43,6 +43,11 @@ def test_half_a_task_is_refused(arguments: Any, code: str) -> None:
     assert TaskSpec.of(None, None, None, None) is None
 
 
+def test_what_is_missing_of_a_task_is_named() -> None:
+    with pytest.raises(SpecError, match=r"--task without --data\n"):
+        TaskSpec.of("sts", None, None, None)
+
+
 @pytest.fixture
 def shared() -> Path:
     folder = Path(os.environ.get("ONNXQ_SHARED", Path(__file__).parents[3] / "shared"))

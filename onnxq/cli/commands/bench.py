@@ -37,7 +37,13 @@ from onnxq.errors import SpecError
     show_default=True,
     help="Timed runs of each model, in turn.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random inputs.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Of the random inputs.",
+)
 @threads(1)
 @common
 def command(

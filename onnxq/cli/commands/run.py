@@ -42,7 +42,9 @@ from onnxq.cli.options import FILE, calibration, common, threads
     metavar="URL",
     help="A dask scheduler that rounds layers instead, for example tcp://host:8786.",
 )
-@click.option("--seed", type=int, help="The only source of randomness.  [default: 0]")
+@click.option(
+    "--seed", type=click.IntRange(min=0), help="The only source of randomness.  [default: 0]"
+)
 @click.option(
     "--min-cosine",
     type=click.FloatRange(-1.0, 1.0),
