@@ -292,6 +292,12 @@ def variants() -> dict[str, Variant | Rotation]:
         for g in (32, 128)
     ]
     made += [
+        Variant(
+            f"w4a8_g{g}_integer_scales", int4, g, True, "int16", {"ort MatMulNBits": nbits(4, g, 4)}
+        )
+        for g in (32, 128)
+    ]
+    made += [
         Variant("w4a32_g32", int4, 32, False, "float16", {"ort MatMulNBits": nbits(4, 32, 1)}),
         Variant("w8a8", int8, 0, True, "float32", {**per_token, **float32}),
         Variant("w8a8_g128", int8, 128, True, "float16", {"ort MatMulNBits": nbits(8, 128, 4)}),

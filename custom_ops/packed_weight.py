@@ -14,7 +14,7 @@ from onnxq.errors import UnsupportedError
 from onnxq.formats import Format, IntFormat, Params
 
 Array = npt.NDArray[Any]
-ScaleType = Literal["float16", "bfloat16", "float32", "e8m0", "e4m3"]
+ScaleType = Literal["float16", "bfloat16", "float32", "e8m0", "e4m3", "int16"]
 
 CODE_BITS = (1, 2, 3, 4, 6, 8)
 """Widths of codes that there are kernels for."""
@@ -25,6 +25,7 @@ _MAX_FRACTION_BITS = 6
 _INTEGER_SPAN = 255
 _HALF_TOP_EXPONENT = 15
 _E8M0_BIAS = 127
+_INT8_MAX = 127
 _SCALE_TYPES: dict[str, ScaleType] = {"float8_e8m0fnu": "e8m0", "float8_e4m3fn": "e4m3"}
 
 
@@ -125,13 +126,15 @@ def pack_table(
         group: columns of K that share a scale.
         zero_point: ``[N, G]`` integers, in units of the levels.
         factor: of the whole weight.
-        scale_type: of the stored scales; ``e8m0`` and ``e4m3`` must be exact.
+        scale_type: of the stored scales; ``e8m0`` and ``e4m3`` must be exact, ``int16`` is for
+            4-bit integers with INT8 activations (Integer Scale, arXiv 2405.14597).
         int8_activations: quantize rows of activations to INT8 inside of the kernel.
         bias: ``[N]``.
 
     Raises:
         UnsupportedError: ``UNSUPPORTED-PACK``: a group or scale that the operator does not take, or
-            INT8 activations with levels that are not multiples of one number.
+            INT8 activations with levels that are not multiples of one number; integer scales that
+            would round to zero where the sums still fit in 32 bits.
     """
     n, k = codes.shape
     group = min(group, k)
@@ -145,8 +148,16 @@ def pack_table(
             "INT8 activations with these levels: they are no multiples of one number",
             "keep the activations in float",
         )
-    stored, unit = _stored_scales(scale, scale_type)
     zero = np.full((n, 1), offset) if zero_point is None else zero_point.astype(np.int32) + offset
+    if scale_type == "int16":
+        if not int8_activations or bits != 4 or (np.diff(table) != 1).any():
+            raise _unsupported(
+                "integer scales but for 4-bit integers with INT8 activations", "use float16 scales"
+            )
+        lengths = np.minimum(group, k - np.arange(0, k, group))
+        stored, unit = _integer_scales(scale, lengths * _reach(table, zero))
+    else:
+        stored, unit = _stored_scales(scale, scale_type)
     inputs = {
         "codes": pack_codes(codes, bits),
         "scales": pack_groups(stored),
@@ -234,6 +245,42 @@ def _stored_scales(scale: Array, scale_type: ScaleType) -> tuple[Array, float]:
             "scales that differ by more than float16 can hold", "store them as float32"
         )
     return half, float(np.ldexp(1.0, exponent))
+
+
+def _reach(table: Array, zero: Array) -> Array:
+    """The largest ``|level - zero|`` of each zero point."""
+    largest: Array = np.maximum(np.abs(table[0] - zero), np.abs(table[-1] - zero))
+    return largest.astype(np.float64)
+
+
+def _integer_scales(scale: Array, weights: Array) -> tuple[Array, float]:
+    """``rint(scale * A)`` as int16 and ``1 / A``, A as large as int32 sums allow.
+
+    A sum over all groups is at most ``127 * sum of weights * |rint(scale * A)|``; half a step of
+    rounding in each group is set aside.
+
+    Args:
+        scale: ``[N, G]``.
+        weights: ``[N, G]`` or ``[N, 1]``, largest sums of ``|level - zero|`` over each group.
+    """
+    wide = np.abs(scale.astype(np.float64))
+    if not np.isfinite(wide).all():
+        raise _unsupported("NaN or infinity among the scales", "repair the weight")
+    reach = _INT8_MAX * np.broadcast_to(weights, scale.shape)
+    if not wide.any():
+        return np.zeros(scale.shape, np.int16), 1.0
+    room = np.iinfo(np.int32).max - reach.sum(axis=1) / 2
+    used = (reach * wide).sum(axis=1)
+    bound = room[used > 0] / used[used > 0]
+    amplifier = float(min(bound.min(), np.iinfo(np.int16).max / wide.max()))
+    stored = np.rint(scale.astype(np.float64) * max(amplifier, 0.0)).astype(np.int16)
+    if (stored[scale != 0] == 0).any():
+        raise _unsupported(
+            "integer scales of this weight: its smallest would round to zero, as larger ones would"
+            " overflow sums of 32 bits",
+            "use float16 scales",
+        )
+    return stored, 1.0 / amplifier
 
 
 def _stored_zero_points(zero: Array, shape: tuple[int, ...]) -> Array:

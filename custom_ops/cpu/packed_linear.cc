@@ -104,6 +104,9 @@ bool ScaleTypeOf(ElementType type, bool exponents, ScaleType* out) {
     case ElementType::kUint8:
       *out = ScaleType::kE8M0;
       return exponents;
+    case ElementType::kInt16:
+      *out = ScaleType::kInt16;
+      return !exponents;
     default:
       return false;
   }
@@ -146,6 +149,28 @@ bool ClassifyLevels(const QuantMatMulAttributes& a, const float* levels, QuantWe
   return true;
 }
 
+// Whether sums over the groups with integer scales stay within 32 bits, whatever codes and
+// activations are: sum over g of |scale| * 127 * K of the group * max |level - zero|.
+ort::OrtStatus* CheckIntegerSums(const Api& api, const char* name, const QuantWeights& w) {
+  const auto* scales = static_cast<const int16_t*>(w.scales);
+  for (int64_t c = 0; c < w.n; ++c) {
+    int64_t sum = 0;
+    for (int64_t g = 0; g < w.groups; ++g) {
+      const int64_t at = (c / kPanel * w.groups + g) * kPanel + c % kPanel;
+      const int64_t least = w.offset - (w.zero_points == nullptr ? 0 : w.zero_points[at]);
+      const int64_t reach = std::max(std::abs(least), std::abs(least + w.top));
+      const int64_t first = 4 * g * w.group_steps;
+      const int64_t count = std::min(w.k - first, 4 * w.group_steps);
+      sum += std::abs(int64_t{scales[at]}) * INT8_MAX * count * reach;
+      if (sum > INT32_MAX)
+        return Error(api, name,
+                     "integer scales of column " + std::to_string(c) +
+                         " may overflow the sums of 32 bits");
+    }
+  }
+  return nullptr;
+}
+
 // Checks the constant inputs (codes to bias) and sets what the kernels need to know of them.
 ort::OrtStatus* Prepare(const Api& api, const char* name, const QuantMatMulAttributes& a,
                         const std::array<InputTensor, 5>& inputs, QuantWeights* w,
@@ -184,6 +209,12 @@ ort::OrtStatus* Prepare(const Api& api, const char* name, const QuantMatMulAttri
   }
   if (!ClassifyLevels(a, static_cast<const float*>(levels.data), w))
     return Error(api, name, "with integer activations levels must be integers 255 apart at most");
+  if (w->integer_scales()) {
+    if (!a.int8_activations || w->kind != LevelKind::kAffine4)
+      return Error(api, name,
+                   "integer scales need integer activations and 4-bit levels one apart");
+    ONNXQ_RETURN_IF_ERROR(CheckIntegerSums(api, name, *w));
+  }
   *bias = {static_cast<const float*>(biases.data), biases.shape == expected[4] ? 1 : 0};
   return nullptr;
 }

@@ -16,7 +16,8 @@ static constexpr int64_t kPanel = 32;       // columns of a panel
 static constexpr int64_t kSmallRows = 8;    // up to here weights are unpacked in registers
 static constexpr int64_t kBlockRows = 128;  // rows that share one unpacking of the weights
 
-enum class ScaleType : int { kFloat32, kFloat16, kBfloat16, kE4M3, kE8M0 };
+// kInt16 (Integer Scale) keeps the sum over groups in integers; only with kAffine4.
+enum class ScaleType : int { kFloat32, kFloat16, kBfloat16, kE4M3, kE8M0, kInt16 };
 
 // How codes become levels.
 enum class LevelKind : int {
@@ -87,6 +88,7 @@ struct QuantWeights {
   int64_t group_steps;  // J of a group
   int64_t groups;       // G
 
+  bool integer_scales() const { return scale_type == ScaleType::kInt16; }
   int64_t code_bytes() const { return StepBytes(kind); }  // of one step of a panel
 };
 

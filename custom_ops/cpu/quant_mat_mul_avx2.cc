@@ -110,11 +110,12 @@ struct Avx2 {
 
   static void LoadScales(ScaleType type, const void* scales, float* out) {
     for (int64_t i = 0; i < kPanel; i += kLanes) {
-      _mm256_store_ps(out + i, Scales(type, scales, i));
+      _mm256_store_ps(out + i, type == ScaleType::kInt16 ? GroupScales<true>(type, scales, i)
+                                                         : Scales(type, scales, i));
     }
   }
 
-  template <int rows, int panels>
+  template <int rows, int panels, bool integer>
   ONNXQ_NOINLINE static void Int8Rows(const Int8Tile& t) {
     constexpr int64_t kWidth = panels * kPanel;
     const int64_t run = ShortSteps(t.top);
@@ -151,8 +152,7 @@ struct Avx2 {
         Each<rows>([&](auto r) ONNXQ_INLINE {
           Each<2>([&](auto v) ONNXQ_INLINE {
             float* sum = t.sums + r * kWidth + c + v * kLanes;
-            const __m256 dot = _mm256_cvtepi32_ps(acc[r][v]);
-            _mm256_store_ps(sum, _mm256_fmadd_ps(dot, scale[v], _mm256_load_ps(sum)));
+            _mm256_store_ps(sum, AddGroup<integer>(acc[r][v], scale[v], _mm256_load_ps(sum)));
           });
         });
       }
@@ -160,7 +160,7 @@ struct Avx2 {
     }
   }
 
-  template <int rows, LevelKind kind>
+  template <int rows, LevelKind kind, bool integer>
   ONNXQ_NOINLINE static void Int8Panel(const QuantProduct& p, int64_t panel, float* sums) {
     const QuantWeights& w = *p.weights;
     constexpr int64_t kBytes = StepBytes(kind);
@@ -187,9 +187,10 @@ struct Avx2 {
           LoadStep<kind>(w, codes + i * kBytes, h, table, b);
         });
         Each<2>([&](auto v) ONNXQ_INLINE {
-          sum[2 * h + v] = _mm256_fmadd_ps(
-              _mm256_cvtepi32_ps(acc[0][v]),
-              Scales(w.scale_type, w.scales, at + h * kPair + v * kLanes), sum[2 * h + v]);
+          sum[2 * h + v] = AddGroup<integer>(
+              acc[0][v],
+              GroupScales<integer>(w.scale_type, w.scales, at + h * kPair + v * kLanes),
+              sum[2 * h + v]);
         });
       });
     }

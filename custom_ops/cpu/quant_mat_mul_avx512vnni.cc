@@ -42,12 +42,11 @@ struct Avx512vnni {
   }
 
   static void LoadScales(ScaleType type, const void* scales, float* out) {
-    _mm512_store_ps(out, Scales(type, scales, 0));
-    _mm512_store_ps(out + kLanes, Scales(type, scales, kLanes));
+    ConvertScales(type, scales, 0, kPanel, out);
   }
 
   // Float sums stay in registers beside the integer ones: groups end too often to go to memory.
-  template <int rows, int panels>
+  template <int rows, int panels, bool integer>
   ONNXQ_NOINLINE static void Int8Rows(const Int8Tile& t) {
     constexpr int kVectors = 2 * panels;
     constexpr int64_t kWidth = panels * kPanel;
@@ -99,7 +98,7 @@ struct Avx512vnni {
         Each<kVectors>([&](auto v) ONNXQ_INLINE {
           const __m512 scale = _mm512_load_ps(scales + v * kLanes);
           Each<rows>([&](auto r) ONNXQ_INLINE {
-            sum[r][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[r][v]), scale, sum[r][v]);
+            sum[r][v] = AddGroup<integer>(acc[r][v], scale, sum[r][v]);
           });
         });
       } else {
@@ -117,7 +116,7 @@ struct Avx512vnni {
     });
   }
 
-  template <int rows, LevelKind kind>
+  template <int rows, LevelKind kind, bool integer>
   ONNXQ_NOINLINE static void Int8Panel(const QuantProduct& p, int64_t panel, float* sums) {
     const QuantWeights& w = *p.weights;
     constexpr int64_t kBytes = StepBytes(kind);
@@ -188,7 +187,7 @@ struct Avx512vnni {
       Each<2>([&](auto v) ONNXQ_INLINE {
         const __m512 scale = _mm512_load_ps(scales + g % kAhead * kPanel + v * kLanes);
         Each<rows>([&](auto r) ONNXQ_INLINE {
-          sum[r][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[r][v]), scale, sum[r][v]);
+          sum[r][v] = AddGroup<integer>(acc[r][v], scale, sum[r][v]);
         });
       });
     }

@@ -55,6 +55,11 @@ ONNXQ_INLINE inline __m256 FromE8M0(__m256i code) {
                 Select(_mm256_cmpeq_epi32(code, _mm256_set1_epi32(255)), nan, value));
 }
 
+// Eight integer scales from element `at` on.
+ONNXQ_INLINE inline __m256i IntegerScales(const void* scales, int64_t at) {
+  return _mm256_cvtepi16_epi32(LoadHalves(static_cast<const int16_t*>(scales) + at));
+}
+
 // Eight scales from element `at` on.
 ONNXQ_INLINE inline __m256 Scales(ScaleType type, const void* scales, int64_t at) {
   switch (type) {
@@ -69,8 +74,27 @@ ONNXQ_INLINE inline __m256 Scales(ScaleType type, const void* scales, int64_t at
       return FromE4M3(LoadBytes(static_cast<const uint8_t*>(scales) + at));
     case ScaleType::kE8M0:
       return FromE8M0(LoadBytes(static_cast<const uint8_t*>(scales) + at));
+    case ScaleType::kInt16:
+      return _mm256_cvtepi32_ps(IntegerScales(scales, at));
   }
   return _mm256_setzero_ps();
+}
+
+// The same as integer kernels take them: integer scales as the bits of integers.
+template <bool integer>
+ONNXQ_INLINE inline __m256 GroupScales(ScaleType type, const void* scales, int64_t at) {
+  if constexpr (integer) return _mm256_castsi256_ps(IntegerScales(scales, at));
+  return Scales(type, scales, at);
+}
+
+// sum + dot * scale: floats, or the bits of integers.
+template <bool integer>
+ONNXQ_INLINE inline __m256 AddGroup(__m256i dot, __m256 scale, __m256 sum) {
+  if constexpr (integer) {
+    const __m256i scaled = _mm256_mullo_epi32(dot, _mm256_castps_si256(scale));
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(sum), scaled));
+  }
+  return _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), scale, sum);
 }
 
 // A plane of 2-bit fields holds 8 columns in each field: field v, lowest in its byte.

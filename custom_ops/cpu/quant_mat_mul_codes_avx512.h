@@ -44,6 +44,11 @@ ONNXQ_INLINE inline __m256i Load16Halves(const void* at) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(at));
 }
 
+// Sixteen integer scales from element `at` on.
+ONNXQ_INLINE inline __m512i IntegerScales(const void* scales, int64_t at) {
+  return _mm512_cvtepi16_epi32(Load16Halves(static_cast<const int16_t*>(scales) + at));
+}
+
 // Sixteen scales from element `at` on.
 ONNXQ_INLINE inline __m512 Scales(ScaleType type, const void* scales, int64_t at) {
   switch (type) {
@@ -58,13 +63,29 @@ ONNXQ_INLINE inline __m512 Scales(ScaleType type, const void* scales, int64_t at
       return FromE4M3(Load16Bytes(static_cast<const uint8_t*>(scales) + at));
     case ScaleType::kE8M0:
       return FromE8M0(Load16Bytes(static_cast<const uint8_t*>(scales) + at));
+    case ScaleType::kInt16:
+      return _mm512_cvtepi32_ps(IntegerScales(scales, at));
   }
   return _mm512_setzero_ps();
 }
 
+// sum + dot * scale: floats, or the bits of integers.
+template <bool integer>
+ONNXQ_INLINE inline __m512 AddGroup(__m512i dot, __m512 scale, __m512 sum) {
+  if constexpr (integer) {
+    const __m512i scaled = _mm512_mullo_epi32(dot, _mm512_castps_si512(scale));
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(sum), scaled));
+  }
+  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), scale, sum);
+}
+
+// Scales as integer kernels take them: integer scales as the bits of integers.
 ONNXQ_NOINLINE void ConvertScales(ScaleType type, const void* scales, int64_t at, int64_t count,
                                   float* out) {
-  for (int64_t i = 0; i < count; i += kLanes) {
+  for (int64_t i = 0; i < count && type == ScaleType::kInt16; i += kLanes) {
+    _mm512_storeu_si512(out + i, IntegerScales(scales, at + i));
+  }
+  for (int64_t i = 0; i < count && type != ScaleType::kInt16; i += kLanes) {
     _mm512_storeu_ps(out + i, Scales(type, scales, at + i));
   }
 }

@@ -67,6 +67,7 @@ struct Int8Tile {
   const float* scales;
   const int32_t* zeros;  // null without zero points
   uint8_t top;           // the largest of the bytes
+  bool integer;          // scales and sums are the bits of integers
   float* sums;
   int32_t* group;
 };
@@ -161,12 +162,25 @@ void WriteRows(const QuantProduct& p, const float* sums, int64_t width, int64_t 
   }
 }
 
+// Sums of integer scales: the bits of integers become floats.
+void SumsToFloat(float* sums, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    int32_t whole;
+    std::memcpy(&whole, sums + i, sizeof whole);
+    sums[i] = static_cast<float>(whole);
+  }
+}
+
 // The rest of the rows in one tile of exactly that many.
 template <class V, int panels, int rows>
 void RestOfRows(const Int8Tile& tile, int64_t rest) {
   if constexpr (rows > 0) {
     if (rest == rows) {
-      V::template Int8Rows<rows, panels>(tile);
+      if (tile.integer) {
+        V::template Int8Rows<rows, panels, true>(tile);
+      } else {
+        V::template Int8Rows<rows, panels, false>(tile);
+      }
     } else {
       RestOfRows<V, panels, rows - 1>(tile, rest);
     }
@@ -257,6 +271,7 @@ void Int8BlockOf(const QuantProduct& p, int64_t first, int64_t row, int64_t rows
     tile.piece_count = count;
     tile.scales = block.scales;
     tile.top = w.top;
+    tile.integer = w.integer_scales();
     tile.zeros = w.zero_points == nullptr ? nullptr : block.zeros;
     Fetch<panels> fetch(p, first, step + steps, kChunkSteps,
                         (rows + V::kInt8TileRows - 1) / V::kInt8TileRows);
@@ -273,6 +288,7 @@ void Int8BlockOf(const QuantProduct& p, int64_t first, int64_t row, int64_t rows
       RestOfRows<V, panels, V::kInt8TileRows>(tile, std::min<int64_t>(V::kInt8TileRows, rows - r));
     }
   }
+  if (w.integer_scales()) SumsToFloat(block.sums, rows * kWidth);
   WriteRows<V>(p, block.sums, kWidth, first, row, rows);
 }
 
@@ -337,7 +353,14 @@ void Int8SmallOf(const QuantProduct& p, int64_t first, int64_t last) {
     alignas(64) float sums[rows * kPanel];
     for (int64_t panel = first; panel < last; ++panel) {
       WithByteKind(*p.weights, [&](auto kind) {
-        V::template Int8Panel<rows, decltype(kind)::value>(p, panel, sums);
+        constexpr LevelKind kKind = decltype(kind)::value;
+        if constexpr (kKind == LevelKind::kAffine4) {
+          if (p.weights->integer_scales()) {
+            V::template Int8Panel<rows, kKind, true>(p, panel, sums);
+            return SumsToFloat(sums, rows * kPanel);
+          }
+        }
+        V::template Int8Panel<rows, kKind, false>(p, panel, sums);
       });
       WriteRows<V>(p, sums, kPanel, panel, 0, rows);
     }

@@ -39,6 +39,8 @@ namespace onnxq {
       return FromE4M3(static_cast<const uint8_t*>(scales)[i]);
     case ScaleType::kE8M0:
       return FromE8M0(static_cast<const uint8_t*>(scales)[i]);
+    case ScaleType::kInt16:
+      return static_cast<const int16_t*>(scales)[i];
   }
   return 0;
 }
@@ -49,6 +51,7 @@ namespace onnxq {
       return 4;
     case ScaleType::kFloat16:
     case ScaleType::kBfloat16:
+    case ScaleType::kInt16:
       return 2;
     case ScaleType::kE4M3:
     case ScaleType::kE8M0:

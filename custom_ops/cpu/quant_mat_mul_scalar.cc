@@ -60,6 +60,7 @@ float Int8Dot(const QuantProduct& p, int64_t row, int64_t column) {
   const QuantWeights& w = *p.weights;
   const int8_t* q = p.q + row * p.q_stride;
   float sum = 0;
+  int32_t total = 0;  // with integer scales, which were checked not to overflow it
   for (int64_t g = 0; g < w.groups; ++g) {
     const int64_t end = std::min(4 * (g + 1) * w.group_steps, w.k);
     const int64_t at = GroupIndex(w, column, g);
@@ -68,8 +69,13 @@ float Int8Dot(const QuantProduct& p, int64_t row, int64_t column) {
     for (int64_t k = 4 * g * w.group_steps; k < end; ++k) {
       dot += q[k] * (IntegerLevel(w, CodeAt(w, column, k)) - zero);
     }
-    sum = std::fma(static_cast<float>(dot), ScaleAt(w.scale_type, w.scales, at), sum);
+    if (w.integer_scales()) {
+      total += dot * static_cast<const int16_t*>(w.scales)[at];
+    } else {
+      sum = std::fma(static_cast<float>(dot), ScaleAt(w.scale_type, w.scales, at), sum);
+    }
   }
+  if (w.integer_scales()) sum = static_cast<float>(total);
   return sum * p.row_scale[row];
 }
 

@@ -339,8 +339,13 @@ class QuantMatMul {
       case ElementType::kFloat8e4m3fn:
         a->scale_type = cuda::ScaleType::kE4M3;
         break;
-      default:
+      case ElementType::kUint8:
         a->scale_type = cuda::ScaleType::kE8M0;
+        break;
+      default:
+        return Error(api, kName,
+                     "no kernel for scales of element type " +
+                         std::to_string(static_cast<int>(inputs[2].type)));
     }
     if ((inputs[2].type == ElementType::kUint8) != (exponent_scales_ != 0))
       return Error(api, kName, "scales are exponents where, and only where, they are uint8");

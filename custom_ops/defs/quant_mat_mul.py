@@ -46,9 +46,13 @@ Kernels compute, in float32 and in this order, the same bits on every instructio
 ```
 int8_activations 1:  t = fma(sum over the group of q · (level - zero), scale, t)   group after group
                      y = t · (s · factor) + bias
+                     with i16 scales: t = sum over groups of scale · sum(...), in int32, then float
 int8_activations 0:  t = fma(x, (level - zero) · (scale · factor), t)              k after k
                      y = t + bias
 ```
+
+i16 scales (Integer Scale, arXiv 2405.14597) are for INT8 activations and 4-bit levels one apart;
+`factor` holds the reciprocal of their amplifier.
 
 f16 results are rounded once, at the end. The body agrees with them within
 |y - exact| <= 2^-23 · (4 + √K) · Σ|x·W|, plus half a step of f16 where that is the type.
@@ -57,7 +61,9 @@ f16 results are rounded once, at the end. The body agrees with them within
   `int8_activations`; other rows are not touched by it.
 - Errors: another layout, `bits` other than 1, 2, 3, 4, 6 and 8, a group that is no multiple of 4 or
   below 16 (unless it spans K), with integer activations above 65536; shapes that do not fit; levels
-  other than those; a NaN or infinite scale, where scales are constants of the model.
+  other than those; a NaN or infinite scale, where scales are constants of the model; i16 scales
+  with other levels or float activations, or where a column's sum over k of
+  127 · |scale| · max|level - zero| exceeds 2^31 - 1.
 """
 
 _E8M0_BIAS = 127
@@ -273,10 +279,16 @@ def reference(
     with np.errstate(all="ignore"):
         if int8_activations:
             q, row_scale = per_token.reference(rows)
+            whole = np.zeros(total.shape, np.int64)
             for g in range(scale.shape[1]):
                 part = slice(g * group, min((g + 1) * group, K))
                 dots = q[:, part].astype(np.float64) @ level[:, part].T.astype(np.float64)
-                total = fma(dots.astype(np.float32), scale[None, :, g], total)
+                if scales.dtype == np.int16:
+                    whole += dots.astype(np.int64) * scale[:, g].astype(np.int64)
+                else:
+                    total = fma(dots.astype(np.float32), scale[None, :, g], total)
+            if scales.dtype == np.int16:
+                total = whole.astype(np.float32)
             total = total * (row_scale * factor32)
         else:
             weight = level * np.repeat(scale * factor32, group, axis=1)[:, :K]
@@ -311,7 +323,7 @@ OPERATOR = Operator(
     inputs={
         "x": "`[..., K]` f32 or f16",
         "codes": "`[P, J, 16 * bits]` u8",
-        "scales": "`[P, G, 32]` f32, f16, bf16, f8e4m3fn, or u8 exponents (E8M0)",
+        "scales": "`[P, G, 32]` f32, f16, bf16, f8e4m3fn, i16, or u8 exponents (E8M0)",
         "zero_points": "`[P, G, 32]` i8, or `[1, 1, 1]` holding 0",
         "levels": "`[2^bits]` f32",
         "bias": "`[N]` f32, or `[1]` for all columns",

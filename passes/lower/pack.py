@@ -28,7 +28,13 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq import custom_ops
-from onnxq.custom_ops.packed_weight import PackedWeight, integer_levels, pack_table, takes_int8
+from onnxq.custom_ops.packed_weight import (
+    PackedWeight,
+    ScaleType,
+    integer_levels,
+    pack_table,
+    takes_int8,
+)
 from onnxq.errors import InternalError, SpecError, UnsupportedError
 from onnxq.formats import IntFormat, parse_format
 from onnxq.graph.edit import Names, add_initializer, insert_before, remove_dead, replace_value
@@ -56,7 +62,8 @@ class Pack(Pass):
             to INT8 inside of the kernel, which is much faster; ``float`` keeps them. Formats whose
             levels are no multiples of one number (NF4, FP8) keep them in any case.
         scales: how scales are stored. ``float16`` rounds them, by less than 0.05 %, ``bfloat16`` by
-            less than 0.4 %, of any range.
+            less than 0.4 %, of any range. ``integer`` (Integer Scale, arXiv 2405.14597) is for
+            4-bit integers with INT8 activations: groups are summed in integers.
         outliers: with INT8 activations, columns that hold a magnitude from this on, in any token of
             a call, stay float; 0 for none. LLM.int8() uses 6.
     """
@@ -70,7 +77,7 @@ class Pack(Pass):
     tolerance: ClassVar[float | None] = None
 
     activations: Literal["int8", "float"] = "int8"
-    scales: Literal["float16", "bfloat16", "float32"] = "float16"
+    scales: Literal["float16", "bfloat16", "float32", "integer"] = "float16"
     outliers: float = 0.0
 
     def __post_init__(self) -> None:
@@ -141,6 +148,7 @@ class Pack(Pass):
             raise UnsupportedError(
                 "UNSUPPORTED-PACK", "a codebook for each group", "use `qdq`, or one codebook"
             )
+        own: ScaleType = "int16" if self.scales == "integer" else self.scales
         return pack_table(
             codes,
             levels,
@@ -148,7 +156,7 @@ class Pack(Pass):
             group=rounded.group,
             zero_point=zero,
             factor=rounded.factor,
-            scale_type=self.scales if rounded.scale_type == "float32" else rounded.scale_type,
+            scale_type=own if rounded.scale_type == "float32" else rounded.scale_type,
             int8_activations=self._rounds_inside(site, levels),
             bias=linear.b,
         )

@@ -147,7 +147,14 @@ _SCALE_TYPES: dict[str, ScaleType] = {
 
 
 def quantized_weight(
-    kind: str, n: int, k: int, group: int, *, int8_activations: bool, rng: np.random.Generator
+    kind: str,
+    n: int,
+    k: int,
+    group: int,
+    *,
+    int8_activations: bool,
+    rng: np.random.Generator,
+    scale_type: ScaleType | None = None,
 ) -> PackedWeight:
     """A random weight ``[N, K]`` in one of ``_WEIGHTS``."""
     w = rng.normal(size=(n, k)).astype(np.float32)
@@ -160,7 +167,7 @@ def quantized_weight(
         fmt.encode(w, params),
         params,
         int8_activations=int8_activations,
-        scale_type=_SCALE_TYPES.get(kind, "float16"),
+        scale_type=scale_type or _SCALE_TYPES.get(kind, "float16"),
         bias=bias,
     )
 
@@ -194,6 +201,14 @@ def _quant_mat_mul(dtype: str) -> Iterator[Case]:
                 x = rng.normal(size=(m, k)).astype(dtype)
                 name = f"{kind} [{m}, {k}] x {n}, int8 {int8}"
                 yield Case(name, {"x": x}, packed.inputs, packed.attributes)
+    for number, (m, k, n, group) in enumerate(_PRODUCTS):
+        kind = ("int4", "uint4")[number % 2]
+        packed = quantized_weight(
+            kind, n, k, group, int8_activations=True, rng=rng, scale_type="int16"
+        )
+        x = rng.normal(size=(m, k)).astype(dtype)
+        name = f"{kind}, integer scales [{m}, {k}] x {n}, groups of {group}"
+        yield Case(name, {"x": x}, packed.inputs, packed.attributes, every_opset=number == 3)
     for int8 in (False, True):
         packed = quantized_weight("uint4", 70, 200, 32, int8_activations=int8, rng=rng)
         x = rng.normal(size=(2, 3, 200)).astype(dtype)

@@ -57,6 +57,7 @@ def with_kernels(packed: ir.Model) -> np.ndarray:
         (W4, Pack(), INT4_ERROR),
         (W4, Pack(activations="float", scales="float32"), INT4_ERROR),
         (W4, Pack(scales="bfloat16"), INT4_ERROR),
+        (W4, Pack(scales="integer"), INT4_ERROR),
         (
             Assign(mode="weight-only", weights="uint4", block=64, symmetric_weights=False),
             Pack(),
@@ -95,6 +96,25 @@ def test_every_format_takes_its_bits_and_runs(weights: str, bits: int) -> None:
     assert sum(tensor.nbytes for tensor in codes if tensor is not None) * 8 == padded * bits
     body = h.run(after, X)["y"]
     assert h.relative_error(body, with_kernels(after)) < BODY_ERROR
+
+
+def test_integer_scales_add_little_to_the_error() -> None:
+    """Stored as int16; away from float scales by less than a tenth of what INT4 itself costs."""
+    packs = (Pack(scales="integer"), Pack(scales="float32"))
+    made = [h.apply(model(), W4, pack).model for pack in packs]
+    integer, exact = (h.run(packed, X)["y"] for packed in made)
+    stored = [v.const_value for n, v in made[0].graph.initializers.items() if "_scales" in n]
+    assert [tensor.dtype for tensor in stored if tensor is not None] == [ir.DataType.INT16] * 2
+    assert 0 < h.relative_error(exact, integer) < INT4_ERROR / 10
+
+
+def test_what_integer_scales_do_not_fit_stays_in_the_plan() -> None:
+    wide = Assign(mode="weight-only", weights="int8", block=32)
+    result = h.apply(model(), wide, Pack(scales="integer"))
+    report = h.report_of(result, "pack")
+    assert not report.changed
+    assert len(report.skipped) == 2
+    assert all("integer scales but for 4-bit" in skip.reason for skip in report.skipped)
 
 
 def test_outliers_stay_float() -> None:
