@@ -163,9 +163,9 @@ ort::OrtStatus* CheckIntegerSums(const Api& api, const char* name, const QuantWe
       const int64_t count = std::min(w.k - first, 4 * w.group_steps);
       sum += std::abs(int64_t{scales[at]}) * INT8_MAX * count * reach;
       if (sum > INT32_MAX)
-        return Error(api, name,
-                     "integer scales of column " + std::to_string(c) +
-                         " may overflow the sums of 32 bits");
+        return Error(
+            api, name,
+            "integer scales of column " + std::to_string(c) + " may overflow the sums of 32 bits");
     }
   }
   return nullptr;
@@ -211,8 +211,7 @@ ort::OrtStatus* Prepare(const Api& api, const char* name, const QuantMatMulAttri
     return Error(api, name, "with integer activations levels must be integers 255 apart at most");
   if (w->integer_scales()) {
     if (!a.int8_activations || w->kind != LevelKind::kAffine4)
-      return Error(api, name,
-                   "integer scales need integer activations and 4-bit levels one apart");
+      return Error(api, name, "integer scales need integer activations and 4-bit levels one apart");
     ONNXQ_RETURN_IF_ERROR(CheckIntegerSums(api, name, *w));
   }
   *bias = {static_cast<const float*>(biases.data), biases.shape == expected[4] ? 1 : 0};

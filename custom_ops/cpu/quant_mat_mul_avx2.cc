@@ -188,8 +188,7 @@ struct Avx2 {
         });
         Each<2>([&](auto v) ONNXQ_INLINE {
           sum[2 * h + v] = AddGroup<integer>(
-              acc[0][v],
-              GroupScales<integer>(w.scale_type, w.scales, at + h * kPair + v * kLanes),
+              acc[0][v], GroupScales<integer>(w.scale_type, w.scales, at + h * kPair + v * kLanes),
               sum[2 * h + v]);
         });
       });
