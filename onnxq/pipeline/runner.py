@@ -136,15 +136,22 @@ class Pipeline:
     """An ordered list of passes.
 
     Args:
-        passes: pipeline text, or passes.
+        passes: pipeline text, or a list of passes and such texts.
         registry: where names in the text are looked up; by default all installed passes.
 
     Raises:
         SpecError: the text cannot be understood, or there are no passes.
     """
 
-    def __init__(self, passes: str | Sequence[Pass], *, registry: Registry | None = None) -> None:
-        self.passes = parse(passes, registry) if isinstance(passes, str) else tuple(passes)
+    def __init__(
+        self, passes: str | Sequence[Pass | str], *, registry: Registry | None = None
+    ) -> None:
+        items = [passes] if isinstance(passes, str) else passes
+        self.passes: tuple[Pass, ...] = tuple(
+            step
+            for item in items
+            for step in (parse(item, registry) if isinstance(item, str) else (item,))
+        )
         self.registry = registry
         if not self.passes:
             raise SpecError("SPEC-EMPTY", "the pipeline has no passes", "give at least one")

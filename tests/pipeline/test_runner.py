@@ -380,3 +380,13 @@ def test_a_negative_seed_is_refused(model, data):
     with pytest.raises(SpecError) as caught:
         pipeline(FULL).run(model, data=data, seed=-1)
     assert caught.value.code == "SPEC-SEED"
+
+
+def test_lists_hold_passes_and_texts():
+    listed = Pipeline(
+        ["observe", *parse("rescale{factor=3.0}", REGISTRY), "observe,round"], registry=REGISTRY
+    )
+    assert str(listed) == FULL
+    with pytest.raises(SpecError) as caught:
+        Pipeline(["observe", "bogus"], registry=REGISTRY)
+    assert caught.value.code == "SPEC-PASS-UNKNOWN"
