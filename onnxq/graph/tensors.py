@@ -121,11 +121,19 @@ def copy_to_edit(model: ir.Model) -> ir.Model:
 
 def _renamable(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     """The same elements under a name of its own."""
-    if isinstance(tensor, ir.TensorProtoTensor):  # its name is that of the message
-        return ir.LazyTensor(
-            lambda: tensor, dtype=tensor.dtype, shape=tensor.shape, name=tensor.name
-        )
-    return copy.copy(tensor)
+    return _as_raw(tensor) if isinstance(tensor, ir.TensorProtoTensor) else copy.copy(tensor)
+
+
+def _as_raw(tensor: ir.TensorProtoTensor) -> ir.TensorProtocol:
+    """The same elements, not bound to a message: written as raw bytes, and free to be renamed."""
+    return ir.LazyTensor(
+        lambda: tensor,
+        dtype=tensor.dtype,
+        shape=tensor.shape,
+        name=tensor.name,
+        doc_string=tensor.doc_string,
+        metadata_props=dict(tensor.metadata_props),
+    )
 
 
 def files_of(model: ir.Model) -> set[DataFile]:
@@ -153,7 +161,12 @@ def skeleton(
     copy = copy_model(model)
     taken: list[ir.TensorProtocol] = []
     for replace, tensor, is_initializer in list(tensor_slots(copy)):
-        if is_text(tensor) or not take(tensor, is_initializer):
+        if is_text(tensor):
+            continue
+        if not take(tensor, is_initializer):
+            if isinstance(tensor, ir.TensorProtoTensor):
+                # Elements in typed fields or as raw bytes: equal models are written alike.
+                replace(_as_raw(tensor))
             continue
         stand_in = ir.ExternalTensor(
             f"{PLACEHOLDER}{len(taken)}",
