@@ -1,4 +1,4 @@
-"""Claim: integer GELU and LayerNorm are faster than float ones; what softmax and models cost.
+"""Claim: integer GELU, LayerNorm and softmax are faster than float ones; what models cost.
 
     python benchmarks/integer_only.py                       the operators
     python benchmarks/integer_only.py --models FP32 W8A8 INTEGER   and whole models, one thread

@@ -10,6 +10,25 @@ namespace onnxq {
 namespace {
 
 constexpr int64_t kInt32Reach = int64_t{1} << 31;
+constexpr int64_t kFloatReach = int64_t{1} << 24;  // integers below are exact in float32
+
+// x rounded towards 0 to the 24 bits of a float32.
+int64_t TruncateToFloat(int64_t x) {
+  int64_t unit = 1;
+  while (x / unit >= kFloatReach) unit *= 2;
+  return x / unit * unit;
+}
+
+// Whether float32, rounding towards 0, gives floor(z * multiplier / 2^(shift - 1)) for a value z of
+// the polynomial, with the multiplier in two parts of 24 and 7 bits: z * low is rounded, then
+// z * high is added; the second rounding keeps the integer part. From 1 on, so that its exponent
+// has room for the halvings.
+bool FloatIsExact(int64_t z, const ExpConstants& c) {
+  const int64_t low = c.multiplier & kMultiplierLow;
+  const int64_t sum = z * (c.multiplier - low) + TruncateToFloat(z * low);
+  const int64_t product = z * c.multiplier >> (c.shift - 1);
+  return z < kFloatReach && product > 0 && sum >> (c.shift - 1) == product;
+}
 
 }  // namespace
 
@@ -60,6 +79,8 @@ ExpConstants IntegerAttributes::GetExp(const char* multiplier, const char* shift
   if (status_ != nullptr) return c;
   c.polynomial = GetPolynomial(c.ln2 - 1, int64_t{1} << 30, true);
   if (status_ != nullptr) return c;
+  c.float_exact = std::abs(int64_t{c.polynomial.p[3]}) < kFloatReach / 2 &&
+                  std::abs(int64_t{c.polynomial.p[4]}) < kFloatReach;
   for (int64_t x = 1 - int64_t{c.ln2}; x <= 0; ++x) {
     int64_t z = c.polynomial.p[0];
     for (size_t i = 0; i < 4; ++i) z = (z * x >> c.polynomial.s[i]) + c.polynomial.p[i + 1];
@@ -68,6 +89,8 @@ ExpConstants IntegerAttributes::GetExp(const char* multiplier, const char* shift
       Refuse("exp(" + std::to_string(x) + ") is " + std::to_string(y) + ", above 32767");
       return c;
     }
+    c.float_exact = c.float_exact && FloatIsExact(z, c);
+    c.one = static_cast<int32_t>(y);
   }
   return c;
 }

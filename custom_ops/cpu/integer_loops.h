@@ -32,11 +32,16 @@ struct Polynomial {
   int32_t s[4];
 };
 
+// The bits of a multiplier that a float32 has no room for.
+static constexpr int32_t kMultiplierLow = 0x7F;
+
 struct ExpConstants {
   int32_t ln2;
   Polynomial polynomial;
   int32_t multiplier;
   int32_t shift;
+  int32_t one;       // exp(0)
+  bool float_exact;  // of IsPlainSquare polynomials; see FloatIsExact in integer_attributes.cc
 };
 
 struct ErfConstants {
@@ -94,6 +99,9 @@ extern const IntegerKernels kIntegerScalar;
 #if defined(__x86_64__)
 extern const IntegerKernels kIntegerAvx2;
 extern const IntegerKernels kIntegerAvx512bw;
+// IntegerKernels::softmax for AVX-512; its reach: exp(0) from 2^14 + 1 to 2^15 - 1.
+void Softmax512(const int32_t* x, const int32_t* mask, int64_t rows, int64_t n,
+                const SoftmaxConstants& constants, int32_t* buffer, uint8_t* out);
 #endif
 
 // The largest integer whose square is at most x; 0 for negative x.

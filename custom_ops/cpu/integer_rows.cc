@@ -8,6 +8,8 @@ namespace {
 
 constexpr int64_t kElementsPerTask = 8192;
 constexpr int64_t kMaxWidth = int64_t{1} << 20;
+// Softmax of a row with one number above the rest: its product with 2^32 / sum has 32 bits.
+constexpr int32_t kLeastOne = 1 << 14;
 constexpr int64_t kBetaReach = int64_t{1} << 61;
 
 // How rows are cut into tasks.
@@ -134,6 +136,8 @@ ort::OrtStatus* IntegerSoftmax<type>::Create(const Api& api, const ort::OrtKerne
   kernel->constants_.exp = attributes.GetExp("multiplier", "shift");
   kernel->constants_.bits = attributes.Get32("bits", 1, 8);
   kernel->constants_.rounding = attributes.Get32("rounding", 0, 1);
+  const int32_t one = kernel->constants_.exp.one;
+  if (one <= kLeastOne) attributes.Refuse("exp(0) is " + std::to_string(one) + ", not near 32767");
   ONNXQ_RETURN_IF_ERROR(attributes.status());
   return GetAllocator(api, info, &kernel->allocator_);
 }

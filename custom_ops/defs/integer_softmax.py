@@ -28,7 +28,8 @@ y = min(⌊(⌊e · f / 2^(31 - bits)⌋ + 1) / 2⌋, 2^bits - 1)     rounding =
 0. I-BERT always rounds down, which loses up to S · 2^-bits of the row's sum.
 
 - A row whose positions are all masked alike is treated as if none were.
-- Errors: S = 0; the mask cannot be broadcast; `bits` is not from 1 to 8; as of IntegerExp.
+- Errors: S = 0; the mask cannot be broadcast; `bits` is not from 1 to 8; exp(0) is 2^14 or less;
+  as of IntegerExp.
 """
 
 _INT32 = onnx.TensorProto.INT32

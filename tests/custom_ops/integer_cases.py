@@ -252,6 +252,11 @@ def softmax(dtype: str) -> Iterator[Raw]:
             chosen = attributes(scale, degree, bits, rounding)
             name = f"{scale} degree {degree}, {bits} bits, rounding {rounding}"
             yield name, {"x": x, "mask": none}, {}, chosen, False
+    for scale in (1e-3, 0.6e-3, 5e-3):  # one distance a row
+        pairs = np.stack([np.zeros(700, np.int32), -np.arange(700, dtype=np.int32)], axis=-1)
+        yield f"pairs {scale}", {"x": pairs, "mask": none}, {}, attributes(scale), False
+    x = (rng.normal(size=(3, 5001)) * 900).astype(np.int32)
+    yield "wide", {"x": x, "mask": none}, {}, attributes(rounding=1), False
     rows = rng.integers(-(2**31), 2**31, size=(9, 40)).astype(np.int32)
     rows[1], rows[2], rows[3] = -(2**31), 2**31 - 1, 0
     rows[4], rows[4, 7] = -(2**31), 2**31 - 1
