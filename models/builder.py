@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import helper, numpy_helper
+from onnxscript import ir
 
 from onnxq.errors import UnsupportedError
 from onnxq.graph.atomic import reported, temporary_for
@@ -46,11 +46,12 @@ class GraphBuilder:
         self._name = name
         self._constants_as_nodes = constants == "node"
         self._scopes: list[str] = []
-        self._nodes: list[onnx.NodeProto] = []
+        self._nodes: list[ir.Node] = []
         self._node_names: dict[str, int] = {}
+        self._values: dict[str, ir.Value] = {}
         self._initializers: dict[str, Array] = {}
-        self._inputs: list[onnx.ValueInfoProto] = []
-        self._outputs: list[onnx.ValueInfoProto] = []
+        self._inputs: list[ir.Value] = []
+        self._outputs: list[ir.Value] = []
 
     @contextlib.contextmanager
     def scope(self, *parts: str) -> Iterator[None]:
@@ -80,14 +81,22 @@ class GraphBuilder:
         """
         name = self._unique(op_type)
         out = output or f"{name}_output_0"
-        self._nodes.append(helper.make_node(op_type, list(inputs), [out], name=name, **attributes))
+        self._add(op_type, name, inputs, out, attributes)
         return out
+
+    def _add(
+        self, op_type: str, name: str, inputs: Sequence[str], out: str, attributes: dict[str, Any]
+    ) -> None:
+        given = [self._values[value] if value else None for value in inputs]
+        self._values[out] = ir.val(out)
+        node = ir.node(op_type, given, attributes, outputs=[self._values[out]], name=name)
+        self._nodes.append(node)
 
     def weight(self, name: str, value: Array) -> str:
         """An initializer under exactly this name; the same name twice must mean the same array."""
         known = self._initializers.get(name)
         if known is None:
-            self._initializers[name] = np.ascontiguousarray(value)
+            self._initialize(name, np.ascontiguousarray(value))
         elif known.shape != value.shape or known.dtype != value.dtype:
             raise ValueError(f"two different initializers named {name!r}")
         return name
@@ -98,11 +107,14 @@ class GraphBuilder:
         name = self._unique(leaf)
         out = f"{name}_output_0"
         if self._constants_as_nodes:
-            tensor = numpy_helper.from_array(array)
-            self._nodes.append(helper.make_node("Constant", [], [out], name=name, value=tensor))
+            self._add("Constant", name, [], out, {"value": ir.tensor(array)})
         else:
-            self._initializers[out] = array
+            self._initialize(out, array)
         return out
+
+    def _initialize(self, name: str, array: Array) -> None:
+        self._initializers[name] = array
+        self._values[name] = ir.val(name, const_value=ir.tensor(array, name=name))
 
     def ints(self, *values: int) -> str:
         """A one-dimensional int64 constant."""
@@ -114,12 +126,13 @@ class GraphBuilder:
 
     def add_input(self, name: str, dtype: npt.DTypeLike, shape: Sequence[int | str]) -> str:
         """Declare a graph input; strings in ``shape`` are symbolic dimensions."""
-        self._inputs.append(_value_info(name, dtype, shape))
+        self._values[name] = _typed(ir.val(name), dtype, shape)
+        self._inputs.append(self._values[name])
         return name
 
     def add_output(self, name: str, dtype: npt.DTypeLike, shape: Sequence[int | str]) -> None:
         """Declare a graph output; the value must exist."""
-        self._outputs.append(_value_info(name, dtype, shape))
+        self._outputs.append(_typed(self._values[name], dtype, shape))
 
     def build(self, *, doc: str, metadata: dict[str, str]) -> onnx.ModelProto:
         """The checked model; ``metadata`` becomes ``metadata_props`` in sorted order."""
@@ -131,24 +144,26 @@ class GraphBuilder:
                 f"{MAX_INLINE_BYTES}",
                 "build with dtype=float16",
             )
-        initializers = [numpy_helper.from_array(a, n) for n, a in self._initializers.items()]
-        graph = helper.make_graph(
-            self._nodes, self._name, self._inputs, self._outputs, initializers, doc_string=doc
+        graph = ir.Graph(
+            self._inputs,
+            self._outputs,
+            nodes=self._nodes,
+            initializers=[self._values[name] for name in self._initializers],
+            opset_imports={"": OPSET},
+            name=self._name,
+            doc_string=doc,
         )
-        model = helper.make_model(
-            graph,
-            opset_imports=[helper.make_opsetid("", OPSET)],
-            ir_version=IR_VERSION,
-            producer_name="onnxq",
-        )
-        helper.set_model_props(model, dict(sorted(metadata.items())))
+        model = ir.to_proto(ir.Model(graph, ir_version=IR_VERSION, producer_name="onnxq"))
+        del model.graph.value_info[:]  # nothing but the types of initializers, which they have
+        onnx.helper.set_model_props(model, dict(sorted(metadata.items())))
         onnx.checker.check_model(model)
         return model
 
 
-def _value_info(name: str, dtype: npt.DTypeLike, shape: Sequence[int | str]) -> onnx.ValueInfoProto:
-    element = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    return helper.make_tensor_value_info(name, element, list(shape))
+def _typed(value: ir.Value, dtype: npt.DTypeLike, shape: Sequence[int | str]) -> ir.Value:
+    value.dtype = ir.DataType.from_numpy(np.dtype(dtype))
+    value.shape = ir.Shape(shape)
+    return value
 
 
 def write_bytes(path: Path, data: bytes) -> None:
