@@ -47,17 +47,22 @@ def spill_new_tensors(model: ir.Model, reference: ir.Model) -> None:
     Raises:
         DataError: the temporary folder cannot be written.
     """
-    held = {id(tensor) for _, tensor, _ in tensor_slots(reference)}
+    # By their arrays: a model that is edited has tensors of its own around the same elements.
+    held = {id(_array(tensor)) for _, tensor, _ in tensor_slots(reference)}
     moved: dict[int, ir.TensorProtocol] = {}
     for replace, tensor, _ in list(tensor_slots(model)):
-        if type(tensor) is not ir.Tensor or id(tensor) in held or tensor.nbytes < LARGE:
+        array = _array(tensor)
+        if array is None or array.nbytes < LARGE or id(array) in held:
             continue
-        array = tensor.raw
-        if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
-            continue
-        if id(tensor) not in moved:
-            moved[id(tensor)] = _on_disk([array], array.dtype, array.shape, tensor.name)
-        replace(moved[id(tensor)])
+        if id(array) not in moved:
+            moved[id(array)] = _on_disk([array], array.dtype, array.shape, tensor.name)
+        replace(moved[id(array)])
+
+
+def _array(tensor: ir.TensorProtocol) -> npt.NDArray[Any] | None:
+    """The plain array in memory that ``tensor`` holds, if it holds one."""
+    array = tensor.raw if type(tensor) is ir.Tensor else None
+    return array if isinstance(array, np.ndarray) and array.dtype.kind in "fiu" else None
 
 
 def _on_disk(

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxq.graph.spill import LARGE, spill_new_tensors, spilled
-from onnxq.graph.tensors import tensor_slots
+from onnxq.graph.tensors import copy_to_edit, tensor_slots
 
 
 def test_large_arrays_lie_on_disk_and_come_back() -> None:
@@ -43,3 +43,11 @@ def test_only_new_large_tensors_move() -> None:
     assert isinstance(after["new"], ir.LazyTensor)
     np.testing.assert_array_equal(after["new"].numpy(), new)
     assert after["new"].shape == before["new"].shape
+
+
+def test_elements_that_the_reference_holds_stay_in_memory() -> None:
+    reference = _model(old=np.zeros(LARGE, np.float32))
+    copied = copy_to_edit(reference)
+    assert _tensors(copied)["old"] is not _tensors(reference)["old"]
+    spill_new_tensors(copied, reference)
+    assert type(_tensors(copied)["old"]) is ir.Tensor
