@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from onnxq.pipeline.compare import compare_models
     from onnxq.pipeline.grammar import parse
-    from onnxq.pipeline.run import RunSummary, run
+    from onnxq.pipeline.run import run
     from onnxq.pipeline.runner import Pipeline
+    from onnxq.pipeline.summary import RunSummary
     from onnxq.runtime import session
 
 __version__: Final = "0.1.0"
@@ -24,7 +25,7 @@ __all__ = ["Pipeline", "RunSummary", "__version__", "compare_models", "parse", "
 
 _WHERE: Final = {
     "Pipeline": "onnxq.pipeline.runner",
-    "RunSummary": "onnxq.pipeline.run",
+    "RunSummary": "onnxq.pipeline.summary",
     "compare_models": "onnxq.pipeline.compare",
     "parse": "onnxq.pipeline.grammar",
     "run": "onnxq.pipeline.run",

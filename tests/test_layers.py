@@ -40,6 +40,7 @@ BELOW: dict[str, set[str]] = {
         *("pipeline", "passes", "custom_ops", "runtime", "calibration", "solvers", "graph"),
         *("evaluation", "models", "data", "formats", "errors"),
     },
+    "__main__": {"cli"},
 }
 """What each layer may import besides itself."""
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from onnxq.cli.evidence import Evidence
     from onnxq.passes.plan import QuantPlan
     from onnxq.pipeline.compare import Comparison
-    from onnxq.pipeline.run import RunSummary
     from onnxq.pipeline.runner import StepResult
+    from onnxq.pipeline.summary import RunSummary
     from onnxq.runtime.difference import LayerDiff
 
 

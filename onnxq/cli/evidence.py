@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from onnxq.passes.contract import Progress
     from onnxq.passes.plan import QuantPlan
     from onnxq.pipeline.hooks import Step
-    from onnxq.pipeline.run import RunSummary
+    from onnxq.pipeline.summary import RunSummary
     from onnxq.runtime.difference import LayerDiff
 
 _LAYER_SAMPLES: Final = 2

@@ -14,7 +14,7 @@ from onnxq.errors import DataError, EquivalenceError, SpecError
 
 if TYPE_CHECKING:
     from onnxq.cli.evidence import Evidence
-    from onnxq.pipeline.run import RunSummary
+    from onnxq.pipeline.summary import RunSummary
 
 _DATA_OPTIONS = ("tokenizer", "images", "samples", "max_length")
 

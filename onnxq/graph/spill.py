@@ -72,9 +72,12 @@ def _on_disk(
     name: str | None = None,
 ) -> ir.TensorProtocol:
     """An array as a tensor in a file that goes when the tensor does."""
-    folder = tempfile.TemporaryDirectory(prefix="onnxq-spill-")
+    with reported(Path("the temporary folder")):
+        folder = tempfile.TemporaryDirectory(prefix="onnxq-spill-")
     path = Path(folder.name) / "data"
-    with path.open("wb") as file:
+    with reported(path):
+        file = path.open("wb")
+    with file:
         for part in parts:
             with reported(path):
                 np.ascontiguousarray(part, dtype).tofile(file)

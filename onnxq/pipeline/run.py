@@ -10,31 +10,28 @@ from __future__ import annotations
 import os
 import resource
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
-
-from onnxq.errors import DataError, NoopError, QualityError, SpecError
+from onnxq.errors import DataError
 from onnxq.graph import io
-from onnxq.graph.atomic import check_target, reported, temporary_for
+from onnxq.graph.atomic import reported, temporary_for
 from onnxq.passes.contract import Pass, Progress, no_progress
 from onnxq.passes.targets import parse_target
 from onnxq.pipeline import recipes
 from onnxq.pipeline.compare import Comparison, compare_models
 from onnxq.pipeline.executors import open_executor
-from onnxq.pipeline.overwrite import refuse_overwrite
-from onnxq.pipeline.runner import Pipeline, RunResult, StepResult, check_seed
-from onnxq.pipeline.samples import Split, split_holdout
+from onnxq.pipeline.plan import prepare
+from onnxq.pipeline.runner import Pipeline, RunResult
 from onnxq.pipeline.stage import staging
-from onnxq.pipeline.task import TaskResult, TaskSpec, measure_task
+from onnxq.pipeline.summary import RunSummary
+from onnxq.pipeline.task import TaskSpec, measure_task
 from onnxq.pipeline.validate import validate
+from onnxq.pipeline.verdict import idle_passes, poor_outputs, problem_of
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
     from onnxq.calibration.data import CalibrationData
     from onnxq.pipeline.hooks import Hook
     from onnxq.pipeline.registry import Registry
@@ -42,112 +39,8 @@ if TYPE_CHECKING:
 RECIPE_SUFFIX: Final = ".recipe.toml"
 """What is added to the output's name for the recipe that made it."""
 
-POOR_COSINE: Final = 0.98
-"""Mean cosine below which a result is written with a loud warning. ``min_cosine`` refuses it."""
-
 HOLDOUT: Final = 8
 """Samples that are held back for the comparison by default."""
-
-
-@dataclass
-class RunSummary:
-    """A finished run.
-
-    Args:
-        source: the input file.
-        out: the output file.
-        recipe: the recipe beside it.
-        pipeline: the passes with their options, recipes expanded.
-        target: name of the target.
-        result: model, artifacts and one report a pass.
-        comparison: of the written file with the input, or None without samples.
-        samples: what was calibrated and compared on, in words.
-        warnings: what the user should know, such as random data or unverified passes.
-        task: what the task measured that was asked for.
-        bytes_before, bytes_after: of the files, external data included.
-        seconds, cpu_seconds: of the whole run, child processes included.
-    """
-
-    source: Path
-    out: Path
-    recipe: Path
-    pipeline: str
-    target: str
-    seed: int
-    threads: int
-    result: RunResult
-    comparison: Comparison | None
-    samples: str
-    warnings: list[str]
-    bytes_before: int
-    bytes_after: int
-    task: TaskResult | None = None
-    seconds: float = 0.0
-    cpu_seconds: float = 0.0
-
-    @property
-    def steps(self) -> list[StepResult]:
-        """One result a pass."""
-        return self.result.reports
-
-    @property
-    def cosine(self) -> float | None:
-        """Mean cosine of the worst output, or None without a comparison."""
-        worst = None if self.comparison is None else self.comparison.worst
-        return None if worst is None else worst.cosine_mean
-
-    @property
-    def is_poor(self) -> bool:
-        """Whether an output is below ``POOR_COSINE``."""
-        return self.comparison is not None and bool(_poor(self.comparison))
-
-    def table(self) -> list[dict[str, Any]]:
-        """One row a pass: number, pass, changed, skipped, reasons, seconds, size, max_error."""
-        return [
-            {
-                "number": s.number,
-                "pass": s.spec,
-                "changed": len(s.report.changed),
-                "skipped": len(s.report.skipped),
-                "reasons": _counted(skip.reason for skip in s.report.skipped),
-                "seconds": s.seconds,
-                "size": s.size,
-                "max_error": s.max_error,
-            }
-            for s in self.steps
-        ]
-
-    def to_json(self) -> dict[str, Any]:
-        """The run as JSON-serialisable data."""
-        return {
-            "model": str(self.source),
-            "output": str(self.out),
-            "recipe": str(self.recipe),
-            "pipeline": self.pipeline,
-            "target": self.target,
-            "seed": self.seed,
-            "threads": self.threads,
-            "samples": self.samples,
-            "warnings": self.warnings,
-            "is_poor": self.is_poor,
-            "task": None if self.task is None else vars(self.task),
-            "passes": [s.to_json() for s in self.steps],
-            "bytes_before": self.bytes_before,
-            "bytes_after": self.bytes_after,
-            "size_ratio": self.bytes_before / max(1, self.bytes_after),
-            "comparison": None if self.comparison is None else self.comparison.to_json(),
-            "provenance": self.result.provenance,
-            "seconds": self.seconds,
-            "cpu_seconds": self.cpu_seconds,
-        }
-
-
-def _counted(reasons: Iterable[str]) -> dict[str, int]:
-    """How often each reason occurs, the most frequent first."""
-    counts: dict[str, int] = {}
-    for reason in reasons:
-        counts[reason] = counts.get(reason, 0) + 1
-    return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
 
 @dataclass(frozen=True)
@@ -157,21 +50,6 @@ class DryPass:
     number: int
     spec: str
     candidates: Sequence[str]
-
-
-@dataclass
-class _Plan:
-    """Everything that is known before the first pass runs."""
-
-    source: Path
-    pipeline: Pipeline
-    target: str
-    seed: int
-    threads: int
-    model: ir.Model
-    split: Split
-    is_recipe: bool
-    warnings: list[str] = field(default_factory=list)
 
 
 def run(
@@ -258,8 +136,8 @@ def run(
         "max_length": max_length,
         "seed": seed,
     }
-    plan = _prepare(
-        _source(model),
+    plan = prepare(
+        model,
         passes,
         output,
         calib,
@@ -292,7 +170,8 @@ def run(
             executor=executor,
         )
     if not allow_noop:
-        _check_noops(plan, result)
+        passes_run = plan.pipeline.passes
+        plan.warnings += idle_passes(result.reports, passes_run, is_recipe=plan.is_recipe)
     with staging(output) as folder:
         staged = io.save(result.model, folder / output.name, source=plan.source)
         io.check_loads(staged.path)
@@ -306,7 +185,7 @@ def run(
                 seconds=speed_seconds,
                 progress=tell,
             )
-        problem = None if comparison is None else _problem(comparison, min_cosine)
+        problem = None if comparison is None else problem_of(comparison, min_cosine)
         measured = None
         if spec is not None and (problem is None or keep_bad):
             measured = measure_task(spec, plan.source, staged.path, tokenizer, plan.threads)
@@ -320,7 +199,7 @@ def run(
         saved = io.save(io.load(staged.path), output, source=plan.source)
     recipe = _write_recipe(output, result, comparison, saved.bytes)
     if comparison is not None:
-        plan.warnings.extend(_poor(comparison))
+        plan.warnings += poor_outputs(comparison)
     if problem is not None:
         raise problem
     return RunSummary(
@@ -341,17 +220,6 @@ def run(
         seconds=time.perf_counter() - began,
         cpu_seconds=_cpu_seconds() - cpu,
     )
-
-
-def _poor(comparison: Comparison) -> list[str]:
-    """A warning for each output that is farther from the original's than ``POOR_COSINE``."""
-    return [
-        f"POOR RESULT: output `{o.name}` has cosine {o.cosine_mean:.4f} with fp32 "
-        f"({o.sqnr_db:.1f} dB), below {POOR_COSINE:g}; measure it on your task before you use it, "
-        "or let a run like this one fail with --min-cosine"
-        for o in comparison.outputs
-        if not o.cosine_mean >= POOR_COSINE
-    ]
 
 
 def dry_run(
@@ -379,137 +247,6 @@ def dry_run(
         for number, p in enumerate(pipeline.passes, start=1)
     ]
     return str(pipeline), found
-
-
-def _source(model: str | os.PathLike[str]) -> Path:
-    """The file that a run reads; it is hashed, loaded and timed from there."""
-    if isinstance(model, str | os.PathLike):
-        return Path(model)
-    raise SpecError(
-        "SPEC-MODEL",
-        f"a run reads a model's file, and a {type(model).__name__} was given",
-        "give its path, or use onnxq.Pipeline(...).run(model), which works in memory",
-    )
-
-
-def _prepare(
-    source: Path,
-    passes: str | Sequence[Pass],
-    output: Path,
-    calib: Any,
-    data_options: Mapping[str, Any],
-    target: str | None,
-    seed: int | None,
-    holdout: int,
-    threads: int | None,
-    registry: Registry | None,
-) -> _Plan:
-    """Find every mistake in the arguments that can be found before work begins."""
-    pipeline = Pipeline(passes, registry=registry)
-    recipe = recipes.named(passes) if isinstance(passes, str) else None
-    chosen = target or (recipe.target if recipe is not None else None) or "cpu"
-    parse_target(chosen)
-    if seed is None:
-        seed = recipe.seed if recipe is not None and recipe.seed is not None else 0
-    check_seed(seed)
-    validate(pipeline.passes, has_data=calib is not None, registry=registry)
-    check_target(output)
-    refuse_overwrite(output, "the output", source, calib, data_options.get("tokenizer"))
-    loaded = io.load(source)
-    io.check_loads(source)
-    data = None if calib is None else _open(calib, loaded, data_options)
-    warnings: list[str] = []
-    split = split_holdout(data, holdout, loaded, seed, warnings)
-    if split.calibration is not None and _is_all_zero(split.calibration):
-        warnings.append(
-            "every calibration sample is ZERO in all inputs: no range that is found means anything"
-        )
-    cpus = threads or len(os.sched_getaffinity(0))
-    is_recipe = recipe is not None
-    return _Plan(source, pipeline, chosen, seed, cpus, loaded, split, is_recipe, warnings)
-
-
-def _is_all_zero(data: CalibrationData) -> bool:
-    """Whether no sample has an element other than zero; as a rule one sample is read."""
-    return not any(
-        np.any(array) for feeds in data for array in feeds.values() if array.dtype.kind in "fiub"
-    )
-
-
-def _open(calib: Any, model: ir.Model, options: Mapping[str, Any]) -> CalibrationData:
-    """Calibration samples from whatever names or holds them."""
-    from onnxq.calibration.data import CalibrationData, open_data
-
-    if isinstance(calib, CalibrationData):
-        return calib
-    return open_data(calib, model, **{k: v for k, v in options.items() if v is not None})
-
-
-def _check_noops(plan: _Plan, result: RunResult) -> None:
-    """Refuse passes that were asked for by name and matched nothing.
-
-    In a recipe, passes for other kinds of models may idle, which becomes a warning, as long as one
-    that quantizes does not.
-    """
-    steps = list(zip(result.reports, plan.pipeline.passes, strict=True))
-    idle = [s for s, owner in steps if not s.report.changed and not owner.may_match_nothing]
-    if not idle:
-        return
-    quantized = any(s.report.changed for s, owner in steps if owner.tolerance is None)
-    if plan.is_recipe and quantized:
-        plan.warnings.extend(
-            f"pass {s.number} `{s.name}` of the recipe matched nothing{_because(s)}" for s in idle
-        )
-        return
-    quantizing = [s for s, owner in steps if s in idle and owner.tolerance is None]
-    first = next(iter(quantizing), idle[0])
-    others = f", and so did {len(idle) - 1} more" if len(idle) > 1 else ""
-    raise NoopError(
-        "NOOP",
-        f"pass {first.number} `{first.name}` matched nothing in this model{others}"
-        f"{next(filter(None, map(_because, (first, *idle))), '')}",
-        "leave the pass out, or accept this with --allow-noop; nothing was written",
-        passes=[s.name for s in idle],
-    )
-
-
-def _because(step: StepResult) -> str:
-    """The most frequent reason for a skip, if there is one."""
-    reasons = list(_counted(s.reason for s in step.report.skipped))
-    return f": {len(step.report.skipped)} candidates, mostly `{reasons[0]}`" if reasons else ""
-
-
-_FLAGS: Final = {
-    "non-finite": ("QUALITY-NOT-FINITE", "has NaN or Inf where the original has numbers"),
-    "all-zero": ("QUALITY-ALL-ZERO", "has become all zero"),
-    "shape": ("QUALITY-SHAPE", "has another shape than the original's"),
-}
-
-
-def _problem(comparison: Comparison, min_cosine: float | None) -> QualityError | None:
-    """What is wrong with the result, if anything."""
-    for output in comparison.flagged:
-        code, what = _FLAGS[output.flags[0]]
-        return QualityError(
-            code,
-            f"output `{output.name}` {what}",
-            "find the pass with --bisect",
-            output=output.name,
-        )
-    if min_cosine is None:
-        return None
-    for output in comparison.outputs:
-        if output.is_float and not output.cosine_mean >= min_cosine:
-            return QualityError(
-                "QUALITY-COSINE",
-                f"output `{output.name}` has cosine {output.cosine_mean:.5f} with the original, "
-                f"below {min_cosine:g}",
-                "leave sensitive layers in float, or lower --min-cosine",
-                output=output.name,
-                cosine=output.cosine_mean,
-                min_cosine=min_cosine,
-            )
-    return None
 
 
 def _write_recipe(

@@ -182,7 +182,7 @@ def test_an_interrupt_inside_an_import_is_no_bug(monkeypatch: pytest.MonkeyPatch
 def test_closed_pipe_is_quiet() -> None:
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     done = subprocess.run(
-        ["bash", "-c", f"{sys.executable} -m onnxq.cli models list --json | true"],
+        ["bash", "-c", f"{sys.executable} -m onnxq models list --json | true"],
         capture_output=True,
         text=True,
         env=env,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+import pytest
 
+from onnxq.errors import DataError
 from onnxq.graph.spill import LARGE, spill_new_tensors, spilled
 from onnxq.graph.tensors import copy_to_edit, tensor_slots
 
@@ -17,6 +19,13 @@ def test_large_arrays_lie_on_disk_and_come_back() -> None:
     assert tensor.tobytes() == array.tobytes()
     small = np.zeros(4, np.float32)
     assert spilled(small) is small
+
+
+def test_a_missing_temporary_folder_is_an_error_with_a_code(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
+    with pytest.raises(DataError) as caught:
+        spilled(np.zeros(LARGE, np.uint8))
+    assert caught.value.code == "DATA-WRITE-FAILED"
 
 
 def _model(**arrays: np.ndarray) -> ir.Model:

@@ -19,8 +19,9 @@ import pytest
 import onnxq
 from onnxq.errors import DataError, NoopError, OnnxqError, PipelineError, QualityError, SpecError
 from onnxq.graph import io
-from onnxq.pipeline.run import POOR_COSINE, dry_run, run
+from onnxq.pipeline.run import dry_run, run
 from onnxq.pipeline.stage import staging
+from onnxq.pipeline.verdict import POOR_COSINE
 from tests.pipeline.tiny import REGISTRY, samples, tiny_model
 
 FULL = "observe,rescale,observe,round"
@@ -237,7 +238,7 @@ def test_an_idle_pass_can_be_accepted(source, out):
 
 
 def test_an_idle_pass_says_why(source, out):
-    with pytest.raises(NoopError, match=r"pass 2 `round`.*1 candidates, mostly `no such weight`"):
+    with pytest.raises(NoopError, match=r"pass 2 `round`.*matched nothing in this model: `no such weight"):
         go(source, out, "observe,round{sites=[nothing]}")
 
 
@@ -350,3 +351,9 @@ def test_a_model_in_memory_is_referred_to_the_pipeline(tmp_path):
         onnxq.run(ir.to_proto(tiny_model()), "w8a8", out=tmp_path / "q.onnx")
     assert caught.value.code == "SPEC-MODEL"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_without_threads_is_refused(source, out):
+    with pytest.raises(SpecError, match="at least one thread"):
+        run(source, "observe", out=out, threads=0, registry=REGISTRY)
+    assert out.read_bytes() == OLD

@@ -1,4 +1,4 @@
-"""``python -m onnxq.cli``: the same as the ``onnxq`` script."""
+"""``python -m onnxq``: the same as the ``onnxq`` script."""
 
 from __future__ import annotations
 
