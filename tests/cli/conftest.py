@@ -111,7 +111,7 @@ def shell() -> Shell:
 
     def call(*args: object, **extra: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "onnxq.cli", *map(str, args)],
+            [sys.executable, "-m", "onnxq", *map(str, args)],
             capture_output=True,
             text=True,
             env=environment(**extra),

@@ -216,7 +216,7 @@ def _on_terminal(args: list[str], columns: int, **extra: str) -> str:
     }
     env = {k: v for k, v in env.items() if v or k != "NO_COLOR"}
     child = subprocess.Popen(
-        [sys.executable, "-m", "onnxq.cli", *args], stdout=side, stderr=side, env=env
+        [sys.executable, "-m", "onnxq", *args], stdout=side, stderr=side, env=env
     )
     os.close(side)
     parts = []

@@ -201,7 +201,7 @@ def test_interrupted_run_leaves_the_old_output(
     env = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{tmp_path}"}
     args = ["run", str(mlp), "--passes", "w8a8", "-o", str(out), "--calib", "slow:rows"]
     child = subprocess.Popen(
-        [sys.executable, "-m", "onnxq.cli", *args], stderr=subprocess.PIPE, text=True, env=env
+        [sys.executable, "-m", "onnxq", *args], stderr=subprocess.PIPE, text=True, env=env
     )
     assert child.stderr is not None
     assert "ready" in child.stderr.readline()

@@ -238,7 +238,7 @@ def test_an_idle_pass_can_be_accepted(source, out):
 
 
 def test_an_idle_pass_says_why(source, out):
-    with pytest.raises(NoopError, match=r"pass 2 `round`.*matched nothing in this model: `no such weight"):
+    with pytest.raises(NoopError, match=r"pass 2 `round` matched nothing.*: `no such weight`"):
         go(source, out, "observe,round{sites=[nothing]}")
 
 
