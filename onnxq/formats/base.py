@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -62,6 +63,9 @@ class Format(abc.ABC):
 
     fixed_block: ClassVar[bool] = False
     """The block is a part of the format: no other granularity is possible."""
+
+    tensor_bits: ClassVar[int] = 0
+    """Bits that the whole tensor shares."""
 
     def default_granularity(self, axis: int = -1) -> Granularity:
         """Blocks along ``axis`` if the format has a block size, else one scale per tensor."""
@@ -126,11 +130,34 @@ class Format(abc.ABC):
     def levels(self) -> npt.NDArray[np.float64]:
         """All distinct finite values at scale 1, ascending."""
 
-    @abc.abstractmethod
     def bits_per_element(
-        self, shape: tuple[int, ...], granularity: Granularity | None = None, *, axis: int = -1
+        self,
+        shape: tuple[int, ...],
+        granularity: Granularity | None = None,
+        *,
+        axis: int = -1,
+        scale_bits: int = 32,
     ) -> float:
-        """Storage of a tensor of ``shape`` per element, scales included."""
+        """Storage of a tensor of ``shape`` per element: codes, and what groups and tensor share.
+
+        Args:
+            shape: of the tensor.
+            granularity: which elements share a scale; by default the format's own.
+            axis: of the blocks.
+            scale_bits: bits of a scale where the format leaves them open.
+        """
+        groups = self.resolve_granularity(granularity, axis).groups(shape)
+        shared = self._group_bits(scale_bits) * groups + self.tensor_bits
+        return self._stored_bits + shared / max(1, math.prod(shape))
+
+    @property
+    def _stored_bits(self) -> float:
+        """Bits that a code takes in storage."""
+        return self.bits
+
+    def _group_bits(self, scale_bits: int) -> int:
+        """Bits that a group shares: its scale, and what else it has."""
+        return scale_bits
 
     def pack(self, codes: Array) -> bytes:
         """Codes as bytes: a little-endian bit stream (:mod:`onnxq.formats.packing`)."""
@@ -165,6 +192,16 @@ def require_finite(values: Array, fmt: Format) -> None:
             f"NaN or Inf in the values to quantize to {fmt}",
             "remove them from the weights, or mask them before the range is taken",
         )
+
+
+def refuse_nan(values: Array, fmt: Format) -> None:
+    """Refuse NaN.
+
+    Raises:
+        DataError: some of ``values`` are NaN.
+    """
+    if np.isnan(values).any():
+        raise DataError("DATA-NAN", f"NaN in a tensor; {fmt} has no code for it", "remove it")
 
 
 def safe_scale(scale: Array, reach: Array | float) -> Float32:

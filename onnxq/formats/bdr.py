@@ -73,13 +73,8 @@ class BdrFormat(Format):
         top = (1 << self.m) - 1
         return np.asarray(np.ldexp(np.arange(-top, top + 1.0), 1 - self.m))
 
-    def bits_per_element(
-        self, shape: tuple[int, ...], granularity: Granularity | None = None, *, axis: int = -1
-    ) -> float:
-        """Element bits, 8 for each block and 1 for each sub-block."""
-        groups = self.resolve_granularity(granularity, axis).groups(shape)
-        shared = SCALE_BITS + self.block // self.sub_block
-        return self.bits + shared * groups / max(1, math.prod(shape))
+    def _group_bits(self, scale_bits: int) -> int:
+        return SCALE_BITS + self.block // self.sub_block
 
     def params(self, x: Array, granularity: Granularity | None = None, *, axis: int = -1) -> Params:
         """Block exponents (``scale``, ``float8_e8m0fnu``) and microexponents (``micro``)."""

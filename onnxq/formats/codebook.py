@@ -12,15 +12,23 @@ A code is an index into ascending levels in [-1, 1]; ``x ~ scale * level[code]``
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
 
-from onnxq.errors import DataError, SpecError
-from onnxq.formats.base import Float32, Format, Params, amax, as_float32, require_finite, safe_scale
+from onnxq.errors import SpecError
+from onnxq.formats.base import (
+    Float32,
+    Format,
+    Params,
+    amax,
+    as_float32,
+    refuse_nan,
+    require_finite,
+    safe_scale,
+)
 from onnxq.formats.granularity import Array, Granularity, Groups
 
 NF4_BLOCK = 64
@@ -75,18 +83,6 @@ class Nf4Format(Format):
         """The 16 levels."""
         return nf4_levels().astype(np.float64)
 
-    def bits_per_element(
-        self,
-        shape: tuple[int, ...],
-        granularity: Granularity | None = None,
-        *,
-        axis: int = -1,
-        scale_bits: int = 32,
-    ) -> float:
-        """4 bits and ``scale_bits`` for each group."""
-        groups = self.resolve_granularity(granularity, axis).groups(shape)
-        return self.bits + scale_bits * groups / max(1, math.prod(shape))
-
     def params(self, x: Array, granularity: Granularity | None = None, *, axis: int = -1) -> Params:
         """The largest magnitude of each group, float32."""
         granularity = self.resolve_granularity(granularity, axis)
@@ -98,8 +94,7 @@ class Nf4Format(Format):
     def encode(self, x: Array, params: Params | None = None) -> Array:
         """Index of the nearest level, uint8."""
         values = as_float32(x)
-        if np.isnan(values).any():
-            raise DataError("DATA-NAN", f"NaN in a tensor; {self} has no code for it", "remove it")
+        refuse_nan(values, self)
         if params is not None:
             values = values / as_float32(params.granularity.expand(params.scale, values.shape))
         return nearest(values, nf4_levels())
@@ -143,18 +138,8 @@ class KMeansFormat(Format):
         """The levels before any data: equal steps over [-1, 1]."""
         return np.linspace(-1.0, 1.0, 1 << self.bits)
 
-    def bits_per_element(
-        self,
-        shape: tuple[int, ...],
-        granularity: Granularity | None = None,
-        *,
-        axis: int = -1,
-        scale_bits: int = 32,
-    ) -> float:
-        """Index bits; a float16 codebook and a scale for each group."""
-        groups = self.resolve_granularity(granularity, axis).groups(shape)
-        per_group = CODEBOOK_BITS * (1 << self.bits) + scale_bits
-        return self.bits + per_group * groups / max(1, math.prod(shape))
+    def _group_bits(self, scale_bits: int) -> int:
+        return CODEBOOK_BITS * (1 << self.bits) + scale_bits
 
     def params(
         self,
@@ -197,8 +182,7 @@ class KMeansFormat(Format):
     def encode(self, x: Array, params: Params | None = None) -> Array:
         """Index of the nearest centroid, uint8. Without params: of the initial levels."""
         values = as_float32(x)
-        if np.isnan(values).any():
-            raise DataError("DATA-NAN", f"NaN in a tensor; {self} has no code for it", "remove it")
+        refuse_nan(values, self)
         if params is None or params.codebook is None:
             return nearest(values, self.levels().astype(np.float32))
         groups = params.granularity.split(values)

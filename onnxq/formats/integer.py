@@ -164,18 +164,8 @@ class IntFormat(Format):
         granularity = params.granularity
         return dequantize(codes, params.scale, params.zero_point, *_axis_and_block(granularity))
 
-    def bits_per_element(
-        self,
-        shape: tuple[int, ...],
-        granularity: Granularity | None = None,
-        *,
-        axis: int = -1,
-        scale_bits: int = 32,
-    ) -> float:
-        """Storage per element: code, ``scale_bits`` per scale, zero point if ``asym``."""
-        groups = self.resolve_granularity(granularity, axis).groups(shape)
-        per_group = scale_bits + (0 if self.symmetric else self.bits)
-        return self.bits + per_group * groups / max(1, int(np.prod(shape)))
+    def _group_bits(self, scale_bits: int) -> int:
+        return scale_bits + (0 if self.symmetric else self.bits)
 
     def unpack(self, data: bytes, shape: tuple[int, ...]) -> Array:
         """The inverse of ``pack``, in ``numpy_dtype``."""

@@ -27,6 +27,7 @@ from onnxq.formats.base import (
     Params,
     amax,
     as_float32,
+    refuse_nan,
     require_finite,
 )
 from onnxq.formats.granularity import Array, Granularity
@@ -92,18 +93,6 @@ class LogFormat(Format):
         magnitudes = self._magnitudes()
         return np.unique(np.concatenate([-magnitudes, magnitudes])) if self.signed else magnitudes
 
-    def bits_per_element(
-        self,
-        shape: tuple[int, ...],
-        granularity: Granularity | None = None,
-        *,
-        axis: int = -1,
-        scale_bits: int = 32,
-    ) -> float:
-        """Code bits and ``scale_bits`` for each group."""
-        groups = self.resolve_granularity(granularity, axis).groups(shape)
-        return self.bits + scale_bits * groups / max(1, math.prod(shape))
-
     def params(self, x: Array, granularity: Granularity | None = None, *, axis: int = -1) -> Params:
         """Scale of each group: the power of beta nearest to amax in the logarithm; 1 for zero."""
         granularity = self.resolve_granularity(granularity, axis)
@@ -122,8 +111,7 @@ class LogFormat(Format):
             DataError: NaN, or a negative value when unsigned.
         """
         values = as_float32(x).astype(np.float64)
-        if np.isnan(values).any():
-            raise DataError("DATA-NAN", f"NaN in a tensor; {self} has no code for it", "remove it")
+        refuse_nan(values, self)
         if not self.signed and (values < 0).any():
             raise DataError(
                 "DATA-NEGATIVE", f"negative values; {self} is unsigned", "use the signed format"

@@ -19,15 +19,23 @@ seq2 two bits.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from onnxq.errors import DataError, SpecError
-from onnxq.formats.base import Float32, Format, Params, amax, as_float32, require_finite, safe_scale
+from onnxq.errors import SpecError
+from onnxq.formats.base import (
+    Float32,
+    Format,
+    Params,
+    amax,
+    as_float32,
+    refuse_nan,
+    require_finite,
+    safe_scale,
+)
 from onnxq.formats.codebook import decode_codebook
 from onnxq.formats.granularity import Array, Granularity, Groups
 from onnxq.formats.packing import TRITS_PER_BYTE, pack_trits, unpack_trits
@@ -69,18 +77,6 @@ class BinaryFormat(Format):
         """-1 and +1."""
         return np.array([-1.0, 1.0])
 
-    def bits_per_element(
-        self,
-        shape: tuple[int, ...],
-        granularity: Granularity | None = None,
-        *,
-        axis: int = -1,
-        scale_bits: int = 32,
-    ) -> float:
-        """1 bit and ``scale_bits`` for each group."""
-        groups = self.resolve_granularity(granularity, axis).groups(shape)
-        return 1 + scale_bits * groups / max(1, math.prod(shape))
-
     def params(self, x: Array, granularity: Granularity | None = None, *, axis: int = -1) -> Params:
         """mean|x| of each group, which minimises the squared error for these signs."""
         granularity = self.resolve_granularity(granularity, axis)
@@ -91,7 +87,7 @@ class BinaryFormat(Format):
     def encode(self, x: Array, params: Params | None = None) -> Array:
         """1 for +1 (zero included), 0 for -1; uint8. Scales do not matter."""
         values = as_float32(x)
-        _refuse_nan(values, self)
+        refuse_nan(values, self)
         del params
         return (values >= 0).astype(np.uint8)
 
@@ -133,6 +129,10 @@ class TernaryFormat(Format):
         return 2
 
     @property
+    def _stored_bits(self) -> float:
+        return 8 / TRITS_PER_BYTE
+
+    @property
     def max(self) -> float:
         """Always 1."""
         return 1.0
@@ -141,18 +141,8 @@ class TernaryFormat(Format):
         """-1, 0 and +1."""
         return np.array([-1.0, 0.0, 1.0])
 
-    def bits_per_element(
-        self,
-        shape: tuple[int, ...],
-        granularity: Granularity | None = None,
-        *,
-        axis: int = -1,
-        scale_bits: int = 32,
-    ) -> float:
-        """1.6 bits and ``scale_bits`` for each group; twice that for TTQ's two levels."""
-        groups = self.resolve_granularity(granularity, axis).groups(shape)
-        scales = scale_bits * groups * (2 if self.rule == "ttq" else 1)
-        return 8 / TRITS_PER_BYTE + scales / max(1, math.prod(shape))
+    def _group_bits(self, scale_bits: int) -> int:
+        return scale_bits * (2 if self.rule == "ttq" else 1)
 
     def params(self, x: Array, granularity: Granularity | None = None, *, axis: int = -1) -> Params:
         """Scale and threshold of each group; with TTQ a codebook ``[-n, 0, p] / scale``."""
@@ -182,7 +172,7 @@ class TernaryFormat(Format):
     def encode(self, x: Array, params: Params | None = None) -> Array:
         """-1, 0 or +1, int8. Without params the threshold is one half."""
         values = as_float32(x)
-        _refuse_nan(values, self)
+        refuse_nan(values, self)
         threshold: Array = np.array(0.5, np.float32)
         if params is not None and params.threshold is not None:
             threshold = params.granularity.expand(params.threshold, values.shape)
@@ -230,18 +220,6 @@ class Seq2Format(Format):
         """The four levels."""
         return np.array([-0.75, -0.25, 0.25, 0.75])
 
-    def bits_per_element(
-        self,
-        shape: tuple[int, ...],
-        granularity: Granularity | None = None,
-        *,
-        axis: int = -1,
-        scale_bits: int = 32,
-    ) -> float:
-        """2 bits and ``scale_bits`` for each group."""
-        groups = self.resolve_granularity(granularity, axis).groups(shape)
-        return 2 + scale_bits * groups / max(1, math.prod(shape))
-
     def params(self, x: Array, granularity: Granularity | None = None, *, axis: int = -1) -> Params:
         """max|x| of each group."""
         granularity = self.resolve_granularity(granularity, axis)
@@ -253,7 +231,7 @@ class Seq2Format(Format):
     def encode(self, x: Array, params: Params | None = None) -> Array:
         """0 to 3, uint8: ``floor(2 x / scale) + 2``, bounded."""
         values = as_float32(x)
-        _refuse_nan(values, self)
+        refuse_nan(values, self)
         if params is not None:
             values = values / as_float32(params.granularity.expand(params.scale, values.shape))
         return np.asarray(np.clip(np.floor(values / SEQ2_STEP) + 2, 0, 3), np.uint8)
@@ -267,11 +245,6 @@ def _scaled(values: Float32, params: Params | None) -> Float32:
     if params is None:
         return values
     return np.asarray(values * params.granularity.expand(params.scale, values.shape))
-
-
-def _refuse_nan(values: Float32, fmt: Format) -> None:
-    if np.isnan(values).any():
-        raise DataError("DATA-NAN", f"NaN in a tensor; {fmt} has no code for it", "remove it")
 
 
 def _mean_magnitude(groups: Groups) -> npt.NDArray[np.float64]:

@@ -267,36 +267,25 @@ class MiniFloat(Format):
         with np.errstate(over="ignore"):
             return values.astype(np.float32)
 
-    def bits_per_element(
-        self,
-        shape: tuple[int, ...],
-        granularity: Granularity | None = None,
-        *,
-        axis: int = -1,
-        scale_bits: int = 32,
-    ) -> float:
-        """Storage per element; TF32 takes 32 bits, and wide formats have no scale."""
-        if not self.scaled:
-            return float(self._storage_bits)
-        groups = self.resolve_granularity(granularity, axis).groups(shape)
-        return self.bits + scale_bits * groups / max(1, int(np.prod(shape)))
+    def _group_bits(self, scale_bits: int) -> int:
+        return scale_bits if self.scaled else 0
 
     @property
-    def _storage_bits(self) -> int:
+    def _stored_bits(self) -> int:
         return TF32_STORAGE_BITS if self.bits > 16 else self.bits
 
     def pack(self, codes: Array) -> bytes:
         """A bit stream; TF32 as the 32 bits of the equal float32, little-endian."""
         if self.bits <= 16:
             return pack_bits(codes, self.bits)
-        return pack_bits(codes.astype(np.int64) << (self._storage_bits - self.bits), 32)
+        return pack_bits(codes.astype(np.int64) << (self._stored_bits - self.bits), 32)
 
     def unpack(self, data: bytes, shape: tuple[int, ...]) -> Array:
         """The inverse of ``pack``."""
         if self.bits <= 16:
             return super().unpack(data, shape)
-        wide = unpack_bits(data, shape, self._storage_bits, signed=False)
-        return np.asarray(wide >> (self._storage_bits - self.bits)).astype(np.uint32)
+        wide = unpack_bits(data, shape, self._stored_bits, signed=False)
+        return np.asarray(wide >> (self._stored_bits - self.bits)).astype(np.uint32)
 
 
 NAMED_FLOATS: dict[str, MiniFloat] = {

@@ -119,12 +119,8 @@ class MxFormat(Format):
             return np.asarray(np.ldexp(steps, -INT8_FRACTION_BITS))
         return self.float_element.levels()
 
-    def bits_per_element(
-        self, shape: tuple[int, ...], granularity: Granularity | None = None, *, axis: int = -1
-    ) -> float:
-        """Element bits and 8 bits for each block."""
-        groups = self.resolve_granularity(granularity, axis).groups(shape)
-        return self.bits + SCALE_BITS * groups / max(1, math.prod(shape))
+    def _group_bits(self, scale_bits: int) -> int:
+        return SCALE_BITS
 
     def params(self, x: Array, granularity: Granularity | None = None, *, axis: int = -1) -> Params:
         """Block scales as ``float8_e8m0fnu``; ``global_scale`` 4/3 with that rule.

@@ -14,7 +14,6 @@ A block whose scale rounds to zero becomes zeros.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -57,6 +56,7 @@ class NvFp4Format(Format):
     four_over_six: bool = False
     block: int = NV_BLOCK
     fixed_block: ClassVar[bool] = True
+    tensor_bits: ClassVar[int] = GLOBAL_SCALE_BITS
 
     def __post_init__(self) -> None:
         if self.block < 1:
@@ -80,12 +80,8 @@ class NvFp4Format(Format):
         """Values of an element."""
         return FP4.levels()
 
-    def bits_per_element(
-        self, shape: tuple[int, ...], granularity: Granularity | None = None, *, axis: int = -1
-    ) -> float:
-        """4 bits, 8 for each block and 32 for the tensor."""
-        groups = self.resolve_granularity(granularity, axis).groups(shape)
-        return self.bits + (SCALE_BITS * groups + GLOBAL_SCALE_BITS) / max(1, math.prod(shape))
+    def _group_bits(self, scale_bits: int) -> int:
+        return SCALE_BITS
 
     def params(
         self,
