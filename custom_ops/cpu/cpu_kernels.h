@@ -84,6 +84,20 @@ class DynamicQuantMatMul {
   float threshold_ = 0;
 };
 
+// What Hadamard and HadamardQuantize share: the attributes and the inputs x and core.
+struct Rotation {
+  ort::OrtStatus* Create(const Api& api, const ort::OrtKernelInfo* info, const char* op);
+  // Reads and checks both inputs; core is [c, c].
+  ort::OrtStatus* Bind(const Api& api, const ort::OrtKernelContext* context, InputTensor* x,
+                       const float** core, int64_t* c) const;
+
+  const char* name = nullptr;
+  const HadamardKernels* kernels = nullptr;
+  Allocator allocator;
+  int64_t block = 0;
+  float scale = 1;
+};
+
 // x: [..., K], core: [c, c] -> y: [..., K]; see defs/hadamard.py.
 template <ElementType type>
 class Hadamard {
@@ -98,10 +112,29 @@ class Hadamard {
 
  private:
   using T = std::conditional_t<type == ElementType::kFloat16, uint16_t, float>;
-  const HadamardKernels* kernels_ = nullptr;
-  Allocator allocator_;
-  int64_t block_ = 0;
-  float scale_ = 1;
+  Rotation rotation_;
+};
+
+// x: [..., K], core: [c, c] -> q: [..., K] i8, q_scale: [..., G] f32; see
+// defs/hadamard_quantize.py.
+template <ElementType type>
+class HadamardQuantize {
+ public:
+  static constexpr const char* kName = "HadamardQuantize";
+  static constexpr std::array<ElementType, 2> kInputs = {type, ElementType::kFloat32};
+  static constexpr std::array<ElementType, 2> kOutputs = {ElementType::kInt8,
+                                                          ElementType::kFloat32};
+
+  static ort::OrtStatus* Create(const Api& api, const ort::OrtKernelInfo* info,
+                                HadamardQuantize* kernel);
+  static ort::OrtStatus* InferShapes(const Api& api, ort::OrtShapeInferContext* context);
+  ort::OrtStatus* Compute(const Api& api, ort::OrtKernelContext* context) const;
+
+ private:
+  using T = std::conditional_t<type == ElementType::kFloat16, uint16_t, float>;
+  Rotation rotation_;
+  const PerTokenRows* rows_ = nullptr;
+  int64_t group_ = 0;
 };
 
 // x: [..., K] -> y: [..., K], rounded block by block; see defs/quantize_block.py.

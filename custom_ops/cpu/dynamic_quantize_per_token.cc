@@ -37,6 +37,14 @@ const PerTokenRows* PerTokenRowsFor(Isa isa) {
   }
 }
 
+void QuantizeGroups(const PerTokenRows& rows, const float* x, int64_t k, int64_t group, int8_t* q,
+                    float* scale) {
+  const int64_t whole = k / group;
+  const int64_t done = whole * group;
+  rows.float32(x, whole, group, q, scale);
+  if (done < k) rows.float32(x + done, 1, k - done, q + done, scale + whole);
+}
+
 template <ElementType type>
 ort::OrtStatus* DynamicQuantizePerToken<type>::Create(const Api& api, const ort::OrtKernelInfo*,
                                                       DynamicQuantizePerToken* kernel) {

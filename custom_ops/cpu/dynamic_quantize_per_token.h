@@ -17,6 +17,11 @@ struct PerTokenRows {
 
 const PerTokenRows* PerTokenRowsFor(Isa isa);
 
+// Quantizes one row x: [k] by groups of columns, the last of which may be shorter:
+// scale: [ceil(k / group)].
+void QuantizeGroups(const PerTokenRows& rows, const float* x, int64_t k, int64_t group, int8_t* q,
+                    float* scale);
+
 extern const PerTokenRows kPerTokenScalar;
 #if defined(__x86_64__)
 extern const PerTokenRows kPerTokenAvx2;

@@ -284,6 +284,17 @@ def _hadamard(dtype: str) -> Iterator[Case]:
     yield case("large", rng.normal(size=(67, 1536)), 768, 12)
 
 
+def _hadamard_quantize(dtype: str) -> Iterator[Case]:
+    for number, case in enumerate(_hadamard(dtype)):
+        k = case.inputs["x"].shape[-1]
+        for group in {1 << 20, (32, 16, 20, 128)[number % 4]} if k else {32}:
+            name = f"{case.name}, groups of {group}"
+            if case.name == "large" and group > k:
+                name = case.name
+            attributes = {**case.attributes, "group": group}
+            yield Case(name, case.inputs, case.constants, attributes, case.every_opset)
+
+
 # Formats of activations, and the group where they have no block of their own (0: the row).
 BLOCK_FORMATS = (
     ("mxfp8e4m3", 0), ("mxfp8e5m2", 0), ("mxfp6e2m3", 0), ("mxfp6e3m2", 0), ("mxfp4", 0),
@@ -348,6 +359,7 @@ CASES: dict[str, Callable[[str], Iterator[Case]]] = {
     "DynamicQuantMatMul": _dynamic_quant_mat_mul,
     "DynamicQuantizePerToken": _per_token,
     "Hadamard": _hadamard,
+    "HadamardQuantize": _hadamard_quantize,
     "QuantMatMul": _quant_mat_mul,
     "QuantizeBlock": _quantize_block,
 }
@@ -377,6 +389,10 @@ def agrees(op_name: str, case: Case, got: Sequence[Array], *, kernel: bool) -> b
         return all(map(same_bits, got, expected))
     if op_name == "QuantizeBlock":
         return same_numbers(got[0], expected[0])
+    if op_name == "HadamardQuantize":
+        if kernel:
+            return same_bits(got[0], expected[0]) and same_numbers(got[1], expected[1])
+        return exact.is_quantized_rotation(got, {**case.inputs, **case.constants}, case.attributes)
     if got[0].dtype != expected[0].dtype or got[0].shape != expected[0].shape:
         return False
     if kernel:
@@ -401,13 +417,16 @@ def random_case(op_name: str, dtype: str, rng: np.random.Generator) -> Case:
         return cases[int(rng.integers(len(cases)))]
     if op_name == "DynamicQuantizePerToken":
         return Case("random", {"x": random_input(dtype, rng)})
-    if op_name == "Hadamard":
+    if op_name in ("Hadamard", "HadamardQuantize"):
         c = int(rng.choice([1, 12, 20, 28]))
         block = c << int(rng.integers(0, 7))
         shape = (int(rng.integers(0, 5)), block * int(rng.integers(0, 4)))
         x = (rng.normal(size=shape) * math.pow(10.0, rng.uniform(-4, 3))).astype(dtype)
         core = {"core": hadamard_matrix(c).astype(np.float32)}
-        return Case(f"{shape} {block} {c}", {"x": x}, core, {"block": block, "scale": 0.5})
+        attributes = {"block": block, "scale": 0.5}
+        if op_name == "HadamardQuantize":
+            attributes["group"] = int(rng.choice([1, 4, 32, 100, 1 << 40]))
+        return Case(f"{shape} {block} {c}", {"x": x}, core, attributes)
     if op_name == "QuantizeBlock":
         name, group = BLOCK_FORMATS[rng.integers(len(BLOCK_FORMATS))]
         x = random_input(dtype, rng)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,42 @@ def hadamard(arrays: Arrays, a: Attributes) -> tuple[Array, Array]:
             budget = budget * (1 + 2.0**-10) + np.abs(exact) * 2.0**-11 + 2.0**-25
             exact = np.where(np.abs(exact) > 65519, np.inf, exact)
     return exact, budget
+
+
+def is_quantized_rotation(got: Sequence[Array], arrays: Arrays, a: Attributes) -> bool:
+    """Whether ``(q, q_scale)`` are a quantization of the rotation, as near as the budget lets be.
+
+    The greatest of a group lies at 127, and no number further from ``scale * q`` than half a step
+    and Hadamard's budget; a group with a number that is not finite has scale NaN and zeros.
+    """
+    q, scale = got
+    x = arrays["x"].astype(np.float32)
+    rotated, budget = hadamard({**arrays, "x": x}, a)
+    k = x.shape[-1]
+    group = max(min(int(a["group"]), k), 1)
+    groups = -(-k // group)
+    blocks = np.abs(x.astype(np.float64)).reshape(-1, int(a["block"]))
+    reach = np.broadcast_to(blocks.sum(axis=1, keepdims=True), blocks.shape).reshape(x.shape)
+    if q.dtype != np.int8 or q.shape != x.shape or scale.dtype != np.float32:
+        return False
+    if scale.shape != (*x.shape[:-1], groups):
+        return False
+    wide = np.repeat(scale.astype(np.float64), group, axis=-1)[..., :k]
+    for start in range(0, k, group):
+        part = (..., slice(start, start + group))
+        s, r, b = scale[..., start // group], rotated[part], budget[part]
+        finite = (reach[part] < np.finfo(np.float32).max).all(axis=-1)  # no sum overflows
+        if not np.isnan(s[~np.isfinite(r).all(axis=-1)]).all():
+            return False
+        if (q[part][np.isnan(s)] != 0).any() or not np.isfinite(s[finite]).all():
+            return False
+        error = np.abs(wide[part] * q[part] - r)[finite]
+        if (error > (0.5001 * wide[part] + b)[finite]).any():
+            return False
+        most = np.maximum(np.abs(r).max(axis=-1), 127 * np.finfo(np.float32).tiny)[finite]
+        if (np.abs(127.0 * s[finite] - most) > b.max(axis=-1)[finite] + 1e-6 * most).any():
+            return False
+    return True
 
 
 def dynamic_quant_mat_mul(arrays: Arrays, a: Attributes) -> tuple[Array, Array]:

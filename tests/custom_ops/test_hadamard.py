@@ -91,6 +91,30 @@ def test_wrong_attributes_are_refused(
         session(model.SerializeToString(), threads=1, library=library.path)
 
 
+def test_quantizing_on_the_way_gives_the_codes_of_both_operators(library: Library) -> None:
+    """One node is Hadamard and DynamicQuantizePerToken behind each other, to the bit."""
+    case = case_of(1536, 768, 12, m=9)
+    (y,) = session(model_of(OP, case), threads=1, library=True).run(None, case.inputs)
+    token = Case("token", {"x": y})
+    q, scale = session(model_of("DynamicQuantizePerToken", token), library=True).run(None, {"x": y})
+    both = Case("both", case.inputs, case.constants, {**case.attributes, "group": 1536})
+    fused = session(model_of("HadamardQuantize", both), threads=1, library=True)
+    got = fused.run(None, both.inputs)
+    np.testing.assert_array_equal(got[0], q)
+    np.testing.assert_array_equal(got[1], scale)
+
+
+def test_groups_below_one_are_refused(library: Library) -> None:
+    case = case_of(96, 96, 12)
+    both = Case("both", case.inputs, case.constants, {**case.attributes, "group": 4})
+    model = onnx.load_from_string(model_of("HadamardQuantize", both))
+    for attribute in model.graph.node[0].attribute:
+        if attribute.name == "group":
+            attribute.i = 0
+    with pytest.raises(DataError, match=r"com\.onnxq:HadamardQuantize: group must be at least 1"):
+        session(model.SerializeToString(), threads=1, library=library.path)
+
+
 def test_extents_that_are_not_known_stay_unknown_behind_the_kernel(library: Library) -> None:
     """Behind shapes that only the run knows, a Shape node must not read -1 as a number."""
     body = """g (float[N, S, 8] x, int64[3] sizes) => (float[A, B, C, D] y) {
