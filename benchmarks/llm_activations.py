@@ -131,6 +131,7 @@ def _token() -> list[Case]:
         ("none", "none"),
         ("smooth", "smooth-quant"),
         ("quarot", "R1 R2 R4"),
+        ("smooth-quarot", "smooth-quant + R1 R2 R4"),
         ("smooth-rot", "smooth-rot + R1 R2"),
         ("learned", "smooth-rot + learned R1 R2"),
     )

@@ -13,9 +13,10 @@ result does not depend on the batch that a token is in.
 from __future__ import annotations
 
 import functools
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx.parser
 import onnx_ir as ir
@@ -80,6 +81,29 @@ def attention_readers(attention: Attention, value: ir.Value) -> list[ir.Node]:
     """The transpose of the keys, or the product with the values."""
     inside = {*attention.nodes, attention.k.producer()}
     return [node for node in value.consumers() if node in inside]
+
+
+def rounded_values(x: npt.NDArray[Any], plan: ActivationPlan) -> npt.NDArray[Any]:
+    """What the node gives for ``x [..., K]`` float32, in numpy; K whole blocks."""
+    fmt = activation_format(plan.format)
+    if isinstance(fmt, IntFormat) and not fmt.symmetric:
+        return _asymmetric(x, fmt, np.float32(plan.clip))
+    attributes: Any = block_attributes(fmt, clip=plan.clip)
+    found: npt.NDArray[Any] = custom_ops.get(OP).reference(x, **attributes)[0]
+    return found
+
+
+def _asymmetric(x: npt.NDArray[Any], fmt: IntFormat, clip: np.float32) -> npt.NDArray[Any]:
+    """:func:`rounding_function`, step by step."""
+    groups = x.reshape(*x.shape[:-1], -1, fmt.block or x.shape[-1])
+    steps = np.float32(fmt.qmax - fmt.qmin)
+    lo = groups.min(axis=-1, keepdims=True, initial=0) * clip
+    hi = groups.max(axis=-1, keepdims=True, initial=0) * clip
+    scale = np.maximum((hi - lo) / steps, np.float32(_SMALLEST))
+    point = -np.rint(lo / scale)
+    code = np.clip(np.rint(groups / scale) + point, 0, steps)
+    found: npt.NDArray[Any] = ((code - point) * scale).reshape(x.shape)
+    return found
 
 
 class ActivationRounding:

@@ -142,14 +142,16 @@ def stage_model(
     stage: Stage,
     types: Mapping[str, np.dtype[Any]],
     weights: Mapping[ir.Node, tuple[int, Array]],
+    renamed: Mapping[ir.Node, Mapping[str, str]],
 ) -> onnx.ModelProto:
     """``stage`` as a model.
 
     Args:
         model: that the stage was cut from.
         stage: one with nodes.
-        types: element types of the stage's inputs.
+        types: element types of the stage's inputs, under the names that they are read by.
         weights: for a layer's node the input and the array that it reads instead of its weight.
+        renamed: for a layer's node, values that it reads under other names.
     """
     nodes, initializers = [], {}
     written = {v for node in stage.nodes for v in node.outputs}
@@ -160,6 +162,8 @@ def stage_model(
             proto.input[index] = f"{proto.input[index]}__rounded_{place}"
             tensor = onnx.numpy_helper.from_array(array, proto.input[index])
             initializers[proto.input[index]] = tensor
+        for number, name in enumerate(proto.input):
+            proto.input[number] = renamed.get(node, {}).get(name, name)
         for number, value in enumerate(reads(node)):
             replaced = node in weights and number == weights[node][0]
             if value.is_initializer() and not replaced and value not in written:
@@ -175,9 +179,10 @@ def stage_model(
         "stage",
         [
             onnx.helper.make_tensor_value_info(
-                value_name(v), onnx.helper.np_dtype_to_tensor_dtype(types[value_name(v)]), None
+                name, onnx.helper.np_dtype_to_tensor_dtype(dtype), None
             )
-            for v in stage.inputs
+            for name, dtype in types.items()
+            if name in read
         ],
         [onnx.ValueInfoProto(name=value_name(v)) for v in stage.outputs],
         [tensor for name, tensor in initializers.items() if name in read],

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from onnxq.graph.match.values import value_name
 from onnxq.passes.contract import Context, Pass, PassReport
 from onnxq.passes.keys import PLAN, ROUNDED
 from onnxq.passes.lower.weights import weight_as_read
+from onnxq.passes.plan import ActivationPlan
 from onnxq.passes.weights.rounded import RoundedWeight, RoundedWeights
 from onnxq.passes.weights.rounding import Array, format_of, rows_of, searched_scales
 from onnxq.passes.weights.segments import Stage, cut, stage_model
@@ -37,6 +38,7 @@ from onnxq.passes.weights.stream import (
     MomentTask,
     StageTask,
     Stream,
+    rounded_name,
     run_stage,
     sum_moments,
 )
@@ -68,6 +70,8 @@ class Sequential(Pass):
         alpha: share of the inputs' error that ``gptaq`` undoes.
         sweeps: times that each layer is gone over again afterwards (:mod:`onnxq.solvers.refine`);
             not for ``opt-rtn``.
+        round_inputs: where layers round their input at run time (mode ``per-token``), round on such
+            inputs, and make up for their error too.
         token_cap: tokens whose input has more than this many times the median energy of their
             sample are scaled down to it; 0 for none.
         cache: folder in which finished stages are kept; a run with the same model, data and plan
@@ -87,6 +91,7 @@ class Sequential(Pass):
     act_order: bool = True
     alpha: float = 0.25
     sweeps: int = 0
+    round_inputs: bool = True
     token_cap: float = 0.0
     cache: str = ""
 
@@ -206,6 +211,7 @@ class _Walk:
         self._data = ctx.data
         self._samples = len(ctx.data)
         self._given = set(rounded)
+        self._rounding = self._planned_rounding() if owner.round_inputs else {}
         streams = ["rounded", *(["float"] if owner.solver in _TWO_STREAMS else [])]
         self._streams = {name: Stream(folder / name) for name in streams}
 
@@ -223,6 +229,20 @@ class _Walk:
             done += len(stage.layers)
         self._ctx.progress(self._owner.name, done, len(self._layers))
 
+    def _planned_rounding(self) -> dict[ir.Node, tuple[str, ActivationPlan]]:
+        """For layers that round their input at run time, its name and how."""
+        found = {}
+        for node, layer in self._layers.items():
+            activation = self._plan.sites[layer.name].activation
+            if activation is not None:
+                found[node] = (value_name(layer.x), activation)
+        return found
+
+    def _met(self, layer: Linear) -> str:
+        """Name in the rounded stream of what ``layer`` multiplies."""
+        rounding = self._rounding.get(layer.node)
+        return value_name(layer.x) if rounding is None else rounded_name(*rounding)
+
     def _feed(self) -> None:
         """Put the model's inputs into the streams."""
         wanted = {value_name(v) for stage in self._stages for v in stage.inputs}
@@ -230,25 +250,46 @@ class _Walk:
         for sample, feeds in enumerate(self._data):
             for stream in self._streams.values():
                 stream.put(sample, {n: a for n, a in feeds.items() if n in wanted})
+            self._streams["rounded"].put_rounded(sample, feeds, self._kinds(self._layers.values()))
+
+    def _kinds(self, layers: Iterable[Linear]) -> list[tuple[str, ActivationPlan]]:
+        """The ways in which ``layers`` round their inputs, each once."""
+        found = (self._rounding[layer.node] for layer in layers if layer.node in self._rounding)
+        return list(dict.fromkeys(found))
 
     def _advance(self, stage: Stage, name: str) -> None:
         """Compute the outputs of ``stage`` for all samples."""
         if not stage.nodes:
             return
         stream = self._streams[name]
-        inputs = [value_name(v) for v in stage.inputs]
-        outputs = [value_name(v) for v in stage.outputs]
-        types = {n: stream.get(0, n).dtype for n in inputs}
-        weights = {} if name == "float" else self._weights(stage)
+        is_float = name == "float"
+        renamed = {} if is_float else self._renamed(stage)
+        names = [value_name(v) for v in stage.inputs]
+        names += [new for each in renamed.values() for new in each.values()]
+        types = {n: stream.get(0, n).dtype for n in dict.fromkeys(names)}
+        weights = {} if is_float else self._weights(stage)
+        proto = stage_model(self._model, stage, types, weights, renamed)
         path = self._folder / "stage.onnx"
-        path.write_bytes(stage_model(self._model, stage, types, weights).SerializeToString())
+        path.write_bytes(proto.SerializeToString())
+        inputs = tuple(i.name for i in proto.graph.input)
+        outputs = tuple(o.name for o in proto.graph.output)
+        rounding = () if is_float else tuple(self._kinds(stage.layers))
         tasks = [
-            StageTask(str(path), str(stream.folder), tuple(inputs), tuple(outputs), part, threads)
+            StageTask(str(path), str(stream.folder), inputs, outputs, part, threads, rounding)
             for part, threads in self._parts()
         ]
         for _ in run_tasks(self._ctx.executor, run_stage, tasks):
             pass
         path.unlink()
+
+    def _renamed(self, stage: Stage) -> dict[ir.Node, dict[str, str]]:
+        """What the layers of ``stage`` read in place of inputs that they round."""
+        found = {}
+        for node in stage.nodes:
+            rounding = self._rounding.get(node)
+            if rounding is not None:
+                found[node] = {rounding[0]: rounded_name(*rounding)}
+        return found
 
     def _parts(self) -> list[tuple[range, int]]:
         """Samples for one task each, and the threads that it may use."""
@@ -276,8 +317,10 @@ class _Walk:
         """Round the layers of ``stage``, each by itself."""
         layers = [layer for layer in stage.layers if layer.name not in self._given]
         moments: dict[str, Moments] = {}
-        for x in dict.fromkeys(value_name(layer.x) for layer in layers):
-            moments[x] = self._moments(x)
+        for layer in layers:
+            met = self._met(layer)
+            if met not in moments:
+                moments[met] = self._moments(value_name(layer.x), met)
         new = RoundedWeights()
         for layer, (weight, detail) in zip(layers, self._solved(layers, moments), strict=True):
             new.add(layer.name, weight)
@@ -295,7 +338,7 @@ class _Walk:
             settings.append((format_of(site, site.weight, self._ctx), site.weight.block))
         if executor is None:
             for layer, (fmt, group) in zip(layers, settings, strict=True):
-                found = moments[value_name(layer.x)]
+                found = moments[self._met(layer)]
                 yield round_layer(self._owner, layer.name, rows_of(layer), found, fmt, group)
             return
         paths = {
@@ -307,7 +350,7 @@ class _Walk:
                 self._owner,
                 layer.name,
                 WeightRef.of(layer, self._folder, number),
-                paths[value_name(layer.x)],
+                paths[self._met(layer)],
                 fmt,
                 group,
             )
@@ -315,13 +358,14 @@ class _Walk:
         ]
         yield from run_tasks(executor, round_task, tasks)
 
-    def _moments(self, x: str) -> Moments:
+    def _moments(self, x: str, met: str) -> Moments:
+        """Of the input ``x``, which layers meet as ``met``."""
         exact = self._streams.get("float")
         folders = (str(self._streams["rounded"].folder), "" if exact is None else str(exact.folder))
         # The same sums, in the same order, however many workers there are.
         starts = range(0, self._samples, SAMPLES_PER_TASK)
         tasks = [
-            MomentTask(*folders, x, range(i, min(i + SAMPLES_PER_TASK, self._samples)), cap)
+            MomentTask(*folders, x, met, range(i, min(i + SAMPLES_PER_TASK, self._samples)), cap)
             for i in starts
             for cap in (self._owner.token_cap,)
         ]
@@ -350,8 +394,10 @@ class _Walk:
             with reported(target), temporary_for(target) as temporary:
                 np.savez(temporary.file, **arrays)  # type: ignore[arg-type]
                 temporary.put_in_place()
+        finished = set(stage.finished)
+        rounded = {rounded_name(*each) for each in self._rounding.values() if each[0] in finished}
         for stream in self._streams.values():
-            stream.drop(stage.finished, self._samples)
+            stream.drop(finished | rounded, self._samples)
 
     def _resume(self) -> int:
         """Take over complete stages; the number of the first one that is left."""

@@ -7,7 +7,7 @@ compute some of them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,13 @@ import numpy.typing as npt
 
 from onnxq.calibration.sessions import Session
 from onnxq.graph.atomic import reported
+from onnxq.passes.lower.activations import rounded_values
+from onnxq.passes.plan import ActivationPlan
 from onnxq.passes.weights.tasks import Moments
 
 Array = npt.NDArray[Any]
+Rounding = Sequence[tuple[str, ActivationPlan]]
+"""Values, and how layers that read them round them at run time."""
 
 
 class Stream:
@@ -45,6 +49,13 @@ class Stream:
             with reported(path):
                 np.save(path, array, allow_pickle=False)
 
+    def put_rounded(self, sample: int, values: Mapping[str, Array], rounding: Rounding) -> None:
+        """Keep ``values`` also as the layers read them that round their input."""
+        wanted = [(name, plan) for name, plan in rounding if name in values]
+        self.put(
+            sample, {rounded_name(n, plan): rounded_values(values[n], plan) for n, plan in wanted}
+        )
+
     def get(self, sample: int, name: str) -> Array:
         """One value of one sample."""
         with reported(self._path(name, sample)):
@@ -62,6 +73,11 @@ class Stream:
         return self.folder / f"{key}.{sample}.npy"
 
 
+def rounded_name(value: str, plan: ActivationPlan) -> str:
+    """Under which a stream keeps ``value`` as layers read it that round their input."""
+    return f"{value}::{plan.format}:{plan.clip}"
+
+
 @dataclass(frozen=True)
 class StageTask:
     """Some samples to run through one stage.
@@ -72,6 +88,7 @@ class StageTask:
         inputs, outputs: names of values.
         samples: which.
         threads: for onnxruntime.
+        rounding: outputs that are kept rounded as well.
     """
 
     model: str
@@ -80,6 +97,7 @@ class StageTask:
     outputs: tuple[str, ...]
     samples: range
     threads: int
+    rounding: Rounding
 
 
 def run_stage(task: StageTask) -> None:
@@ -89,7 +107,9 @@ def run_stage(task: StageTask) -> None:
     for sample in task.samples:
         feeds = {name: stream.get(sample, name) for name in task.inputs}
         found = session.run(task.outputs, feeds, sample)
-        stream.put(sample, {n: v.numpy() for n, v in zip(task.outputs, found, strict=True)})
+        values = {n: v.numpy() for n, v in zip(task.outputs, found, strict=True)}
+        stream.put(sample, values)
+        stream.put_rounded(sample, values, task.rounding)
 
 
 @dataclass(frozen=True)
@@ -99,7 +119,8 @@ class MomentTask:
     Args:
         rounded: folder of the stream through the rounded layers.
         exact: that of the float model; empty to do without.
-        value: name of the value.
+        value: name of the value in the float model.
+        met: name in the first stream of what the layer meets; ``value``, or a rounded copy.
         samples: which.
         cap: most energy of a token, in medians of its sample; 0 for no limit.
     """
@@ -107,6 +128,7 @@ class MomentTask:
     rounded: str
     exact: str
     value: str
+    met: str
     samples: range
     cap: float
 
@@ -117,7 +139,7 @@ def sum_moments(task: MomentTask) -> Moments:
     exact = Stream(Path(task.exact)) if task.exact else None
     total: Moments | None = None
     for sample in task.samples:
-        array = rounded.get(sample, task.value)
+        array = rounded.get(sample, task.met)
         rows = array.reshape(-1, array.shape[-1]).astype(np.float32, copy=False)
         weighted = rows * token_weights(rows, task.cap)[:, None] if task.cap else rows
         cross: Array | None = None

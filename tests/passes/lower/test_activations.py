@@ -10,7 +10,7 @@ from onnxq.errors import PreconditionError, SpecError
 from onnxq.formats import Granularity, parse_format
 from onnxq.graph.match import analyze
 from onnxq.passes.decide.assign import Assign
-from onnxq.passes.lower.activations import ActivationRounding
+from onnxq.passes.lower.activations import ActivationRounding, rounded_values
 from onnxq.passes.lower.pack import Pack
 from onnxq.passes.lower.qdq import Qdq
 from onnxq.passes.plan import ActivationPlan
@@ -75,6 +75,17 @@ def test_the_body_computes_what_the_format_says(name: str) -> None:
     )
     assert (gaps < 0.6).all()
     assert (got[1, 2] == 0).all()
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.9])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_in_numpy(name: str, clip: float) -> None:
+    """What solvers see of a layer's inputs is what onnxruntime computes."""
+    x = wide_values(1)
+    plan = ActivationPlan(name, clip if "mx" not in name and name != "nvfp4" else 1.0)
+    got = rounded(x, name, plan.clip)
+    same = np.isclose(rounded_values(x, plan), got, rtol=1e-6, atol=0)
+    assert same.mean() > 0.9999
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "mxfp4-ceil", "mxfp8e4m3", "mxint8"])

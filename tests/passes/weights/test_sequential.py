@@ -11,6 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from onnxq.errors import SpecError
+from onnxq.formats import IntFormat
 from onnxq.graph.match import analyze
 from onnxq.passes.contract import Pass
 from onnxq.passes.decide.assign import Assign
@@ -20,6 +21,7 @@ from onnxq.passes.lower.qdq import Qdq
 from onnxq.passes.weights import sequential as module
 from onnxq.passes.weights.gptq import Gptq
 from onnxq.passes.weights.opt_rtn import OptRtn
+from onnxq.passes.weights.rounding import searched_scales
 from onnxq.passes.weights.segments import cut
 from onnxq.passes.weights.sequential import Sequential
 from onnxq.solvers.gptq import gptq
@@ -30,6 +32,8 @@ Array = npt.NDArray[Any]
 K = 64
 W2 = Assign(mode="weight-only", weights="uint2", block=32, symmetric_weights=False)
 W4 = Assign(mode="weight-only", weights="int4", block=32)
+W4A4 = Assign(mode="per-token", weights="int4", block=32, activations="int4")
+W4A4_GRID = IntFormat(4, True, "full")
 
 DEEP = f"""g (float[R,{K}] x) => (float[R,{K}] y) {{
     a = MatMul(x, wa)  b = MatMul(x, wb)  s = Sigmoid(a)  p = Mul(s, b)
@@ -84,15 +88,36 @@ def test_a_layer_is_rounded_on_what_the_rounded_layers_hand_on() -> None:
     p = np.concatenate([h.values(prefix, feeds, ["p"])["p"] for feeds in SAMPLES])
     gram = p.astype(np.float64).T @ p
     # Codes of a solver on that Gram matrix are those of the pass.
-    from onnxq.formats import IntFormat
-    from onnxq.passes.weights.rounding import searched_scales
-
     fmt = IntFormat(4, True, "full")
     wc = np.ascontiguousarray(WEIGHTS["wc"].T)
     params = searched_scales(wc, gram, fmt, 32)
     wanted = gptq(wc, gram, fmt, group=32, params=params, damp=0.01)
     same = found.get(linears["wc"]).codes == wanted.codes.astype(np.int8)
     assert same.mean() > 0.999
+
+
+def test_inputs_that_are_rounded_at_run_time_reach_the_solver_rounded() -> None:
+    """wc's codes are those of a solver on the moments of what its node multiplies in the result."""
+    result = run(W4A4, Sequential(token_cap=0.0), Qdq())
+    lowered = result.model
+    product = next(n for n in lowered.graph if n.op_type == "MatMul" and n.outputs[0].name == "c")
+    met = str(product.inputs[0].name)
+    p = np.concatenate([h.values(lowered, feeds, [met])[met] for feeds in SAMPLES])
+    gram = p.astype(np.float64).T @ p
+    wc = np.ascontiguousarray(WEIGHTS["wc"].T)
+    params = searched_scales(wc, gram, W4A4_GRID, 32)
+    wanted = gptq(wc, gram, W4A4_GRID, group=32, params=params, damp=0.01)
+    got = h.values(lowered, SAMPLES[0], [str(product.inputs[1].name)])
+    values = next(iter(got.values()))
+    np.testing.assert_allclose(values, wanted.values().T, atol=1e-5)
+
+
+def test_rounding_on_rounded_inputs_loses_less() -> None:
+    plan = Assign(
+        mode="per-token", weights="uint2", block=32, symmetric_weights=False, activations="int3"
+    )
+    blind, seeing = (Sequential(solver="qronos", round_inputs=on) for on in (False, True))
+    assert error(plan, seeing) < 0.9 * error(plan, blind)
 
 
 def test_solvers_that_undo_the_error_of_the_inputs_beat_gptq_on_the_float_model() -> None:
