@@ -35,6 +35,7 @@ from onnxq.solvers.learn_rotation import (
     Float32,
     Float64,
     LearnedRotation,
+    Objective,
     learn_rotation,
     normalized,
 )
@@ -47,6 +48,8 @@ class LearnRotation(Pass):
     Args:
         r1: learn and rotate the residual stream.
         r2: learn and rotate the values of each head.
+        objective: what is made small: ``kurtosis`` of rows, as far as 1.8 (KurTail), or the squared
+            ``range`` of rows or blocks, which is that of the step of their grid.
         steps: gradient steps for each rotation.
         rows: rows of each activation that is learned from.
         block: channels that are rotated together, by a block-diagonal matrix; 0 for all of the
@@ -63,6 +66,7 @@ class LearnRotation(Pass):
 
     r1: bool = True
     r2: bool = True
+    objective: Objective = "kurtosis"
     steps: int = 100
     rows: int = 128
     block: int = 0
@@ -125,7 +129,9 @@ class LearnRotation(Pass):
                 learned = self._learn_stream(stream, statistics, rng)
                 rotate_stream(structure, stream, learned.matrix)
                 order = self.block or stream.width
-                report.change(stream.name, f"R1: learned, order {order}", _gain(*learned.parts))
+                report.change(
+                    stream.name, f"R1: learned, order {order}", _gain(self.objective, learned.parts)
+                )
                 structure = analyze(model)
 
     def _learn_stream(
@@ -143,7 +149,15 @@ class LearnRotation(Pass):
             start = random_rotation(size, rng).matrix
             start = fixing_ones(start) if keep_ones else start
             own = rows[:, at : at + size]
-            parts.append(learn_rotation(own, start, steps=self.steps, keep_ones=keep_ones))
+            parts.append(
+                learn_rotation(
+                    own,
+                    start,
+                    steps=self.steps,
+                    keep_ones=keep_ones,
+                    objective=self.objective,
+                )
+            )
         return _Learned(scipy.linalg.block_diag(*(part.matrix for part in parts)), parts)
 
     def _rotate_values(
@@ -175,7 +189,7 @@ class LearnRotation(Pass):
             report.change(
                 name,
                 f"R2: {len(learned)} learned of order {self.block or way.head_dim}",
-                _gain(*(part for each in learned for part in each.parts)),
+                _gain(self.objective, [part for each in learned for part in each.parts]),
             )
             if way.value.is_weight_shared or way.output.is_weight_shared:
                 structure = analyze(model)
@@ -209,7 +223,9 @@ def _ways(structure: Structure) -> dict[str, ValueToOutput]:
     return {name: way for name, way in found.items() if not isinstance(way, str)}
 
 
-def _gain(*learned: LearnedRotation) -> str:
+def _gain(objective: Objective, learned: list[LearnedRotation]) -> str:
     before = float(np.mean([each.before for each in learned]))
     after = float(np.mean([each.after for each in learned]))
-    return f"distance of the kurtosis from 1.8: {before:.3f}, then {after:.3f}"
+    if objective == "kurtosis":
+        return f"distance of the kurtosis from 1.8: {before:.3f}, then {after:.3f}"
+    return f"mean squared range: {before:.3g}, then {after:.3g}"

@@ -70,6 +70,24 @@ def test_it_is_flatter_than_the_rotation_that_it_starts_from() -> None:
     assert kurtosis(learned) < 0.8 * kurtosis(random)
 
 
+def test_with_the_range_as_objective_blocks_need_smaller_steps() -> None:
+    """A narrower range of what layers read, in blocks, than behind random rotations."""
+    model = llama(hidden=32, heads=4, kv_heads=2, outlier=20.0)
+    learned, report = learn(model, steps=60, block=8, objective="range")
+    random = apply(model, FoldNorm(), Rotate(block=8)).model
+    assert "mean squared range" in report.changed[0].detail
+
+    def step(each: ir.Model) -> float:
+        names = [str(norm.output.name) for norm in analyze(each).norms]
+        return sum(
+            float(np.square(np.ptp(a.reshape(-1, 8), axis=-1)).mean())
+            for a in outputs(each, TOKENS, *names)
+        )
+
+    assert step(learned) < 0.95 * step(random)
+    assert relative_error(outputs(model, TOKENS)[0], outputs(learned, TOKENS)[0]) <= EXACT
+
+
 def test_r1_and_r2_apart() -> None:
     model = llama(hidden=32, heads=4, kv_heads=2)
     _, first = learn(model, r2=False, steps=5)
