@@ -2,9 +2,9 @@
 
 Objective ``kurtosis``: rows ``x [D]`` are scaled to norm ``sqrt(D)``. Behind a rotation their
 coordinates ``y = x R`` have, about zero, the kurtosis ``k = mean_j y_j^4``: 1 where all are of one
-size, 1.8 for the uniform distribution, which an integer grid suits best, 3 for a Gaussian one, D for
-a single spike. KurTail (Akhondzadeh et al., arXiv 2503.01483) minimises ``|k - 1.8|``; here over the
-mean of the rows::
+size, 1.8 for the uniform distribution, which an integer grid suits best, 3 for a Gaussian one, D
+for a single spike. KurTail (Akhondzadeh et al., arXiv 2503.01483) minimises ``|k - 1.8|``; here
+over the mean of the rows::
 
     f(R) = mean_i |k_i - 1.8|        df/dR = 4 / (n D) sum_i sign(k_i - 1.8) x_i' (y_i^3)
 
