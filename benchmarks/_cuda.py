@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from onnxq.custom_ops.cuda_calls import (
     HadamardArgs,
     MatrixProduct,
     MatrixType,
+    Outliers,
     PerTokenArgs,
+    QuantizeBlockArgs,
     QuantMatMulArgs,
     Route,
     WeightKind,
@@ -69,6 +71,11 @@ def to_device(array: Array) -> Any:
     return torch.from_numpy(np.ascontiguousarray(array)).cuda()
 
 
+def is_int8(levels: Array) -> bool:
+    """As HasInt8Levels of plan.h."""
+    return bool((np.rint(levels) == levels).all() and (np.abs(levels + 0.5) <= 127.5).all())
+
+
 class Device:
     """The kernels, on PyTorch's present stream."""
 
@@ -111,7 +118,7 @@ class Device:
 
         q = torch.full(x.shape, -128, dtype=torch.int8, device="cuda")
         scale = torch.full((x.shape[0],), float("nan"), device="cuda")
-        args = PerTokenArgs(x.data_ptr(), q.data_ptr(), scale.data_ptr(), x.shape[1])
+        args = PerTokenArgs(x.data_ptr(), q.data_ptr(), scale.data_ptr(), None, x.shape[1])
 
         def run() -> None:
             self.kernels.per_token(
@@ -120,21 +127,66 @@ class Device:
 
         return run, q, scale
 
-    def hadamard(
-        self, x: Any, core: Any, block: int, scale: float, *, quantize: bool = False
-    ) -> tuple[Callable[[], None], Any, Any]:
-        """What transforms ``[rows, K]``, the result and, where rows are quantized, their scales."""
+    def dynamic_product(
+        self, x: Any, weight: Weight, *, named: Any = None, threshold: float = 0.0
+    ) -> tuple[Callable[[], None], Any]:
+        """`product` with rows that are quantized to INT8 first, but for columns of outliers."""
+        import torch
+
+        y = torch.full((x.shape[0], weight.n), float("nan"), dtype=x.dtype, device="cuda")
+        element = element_of(x)
+        args = weight.arguments(x, y, None)
+        kind = WeightKind.ANY if element == ElementType.FLOAT32 else weight.kind
+        outliers = Outliers(threshold=threshold)
+        if named is not None:
+            outliers.named, outliers.named_count = named.data_ptr(), named.shape[0]
+        plan = self.kernels.dynamic_plan(
+            args, kind, element, outliers, int8_levels=weight.int8_levels
+        )
+        scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8, device="cuda")
+
+        def run() -> None:
+            self.kernels.dynamic_quant_mat_mul(
+                *(args, kind, element, weight.unit, outliers, plan),
+                *(scratch.data_ptr(), self.stream()),
+            )
+
+        return run, y
+
+    def quantize_block(
+        self, x: Any, attributes: Mapping[str, Any]
+    ) -> tuple[Callable[[], None], Any]:
+        """What rounds the blocks of ``[rows, K]``, and the result."""
         import torch
 
         y = torch.full_like(x, float("nan"))
+        factors = torch.empty(x.shape[0], device="cuda")
+        args = QuantizeBlockArgs.of(x.data_ptr(), y.data_ptr(), *x.shape, attributes)
+
+        def run() -> None:
+            self.kernels.quantize_block(
+                args, element_of(x), factors=factors.data_ptr(), stream=self.stream()
+            )
+
+        return run, y
+
+    def hadamard(
+        self, x: Any, core: Any, block: int, scale: float, *, group: int | None = None
+    ) -> tuple[Callable[[], None], Any, Any]:
+        """What transforms ``[rows, K]``, the result and, with ``group``, the scales of INT8."""
+        import torch
+
+        quantize = group is not None
+        y = torch.full_like(x, float("nan"))
         if quantize:
             y = torch.full(x.shape, -128, dtype=torch.int8, device="cuda")
-        scales = torch.full((x.shape[0],), float("nan"), device="cuda")
+        size = min(group or 1, x.shape[1])
+        scales = torch.full((x.shape[0], -(-x.shape[1] // size)), float("nan"), device="cuda")
         # As HadamardPiece of hadamard.h: rows where they are quantized, else about 4096 columns.
         piece = x.shape[1] if quantize else block * max(1, 4096 // block)
         args = HadamardArgs(
             *(x.data_ptr(), core.data_ptr(), y.data_ptr(), scales.data_ptr() if quantize else None),
-            *(x.numel(), block, core.shape[0], piece, scale),
+            *(x.numel(), block, core.shape[0], piece, size, scale),
         )
 
         def run() -> None:
@@ -180,6 +232,7 @@ class Weight:
         self.kind, self.offset, self.unit = device.kernels.classify(
             packed.inputs["levels"], bits=int(a["bits"]), zero_points=self.zeros
         )
+        self.int8_levels = is_int8(packed.inputs["levels"])
         self.has_bias = bool(packed.inputs["bias"].any())
 
     @property
@@ -202,7 +255,7 @@ class Weight:
         return QuantMatMulArgs(
             *(x.data_ptr(), at["codes"], at["scales"], at["zero_points"] if self.zeros else None),
             *(at["levels"], at["bias"] if self.has_bias else None),
-            *(None if row_scale is None else row_scale.data_ptr(), y.data_ptr(), None),
+            *(None if row_scale is None else row_scale.data_ptr(), y.data_ptr(), None, None),
             *(x.shape[0], self.n, self.k, group, -(-self.k // group), 1, self.offset),
             *(int(a["bits"]), int(len(self.packed.inputs["bias"]) == self.n)),
             *(scale_type(self.packed.inputs["scales"].dtype), a["factor"]),

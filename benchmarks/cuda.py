@@ -315,7 +315,7 @@ def rows_kernels(device: Device, *, quick: bool) -> Iterator[dict[str, Any]]:
         dense = to_device(hadamard_matrix(k).astype(np.float64))
         exact = x[:8].double() @ dense * float(np.float32(scale))
         rounded = [device.hadamard(one, core, k, scale) for one in xs]
-        fused = [device.hadamard(one, core, k, scale, quantize=True) for one in xs]
+        fused = [device.hadamard(one, core, k, scale, group=k) for one in xs]
         quantized = [device.per_token(one) for one in xs]
         for run, *_ in (rounded[0], fused[0], quantized[0]):
             run()
@@ -323,9 +323,9 @@ def rows_kernels(device: Device, *, quick: bool) -> Iterator[dict[str, Any]]:
         errors = {
             "hadamard": _share(rounded[0][1][:8].double(), exact, exact.abs() * 2.0**-11 + 2e-4),
             "hadamard+int8": _share(
-                fused[0][1][:8].double() * fused[0][2][:8, None].double(),
+                fused[0][1][:8].double() * fused[0][2][:8].double(),
                 exact,
-                fused[0][2][:8, None].double() * 0.51 + exact.abs() * 2.0**-11 + 2e-4,
+                fused[0][2][:8].double() * 0.51 + exact.abs() * 2.0**-11 + 2e-4,
             ),
             "per-token int8": _share(
                 quantized[0][1].double() * quantized[0][2][:, None].double(),

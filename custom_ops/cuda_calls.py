@@ -10,7 +10,7 @@ import ctypes
 from collections.abc import Mapping
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import ml_dtypes
 import numpy as np
@@ -46,6 +46,7 @@ class Route(IntEnum):
     GEMV = 1
     TILE = 2
     EXPAND = 3
+    INTEGER = 4
 
 
 ELEMENT_TYPES: Mapping[np.dtype[Any], ElementType] = {
@@ -59,6 +60,7 @@ _SCALE_TYPES = {
     np.dtype(ml_dtypes.bfloat16): 2,
     np.dtype(ml_dtypes.float8_e4m3fn): 3,
     np.dtype(np.uint8): 4,
+    np.dtype(np.int16): 5,
 }
 
 
@@ -72,7 +74,8 @@ class QuantMatMulArgs(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "codes", "scales", "zero_points", "levels")),
-        *((name, ctypes.c_void_p) for name in ("bias", "row_scale", "y", "partial")),
+        *((name, ctypes.c_void_p) for name in ("bias", "row_scale", "y", "sums")),
+        ("partial", ctypes.c_void_p),
         *((name, ctypes.c_int) for name in ("m", "n", "k", "group", "groups", "splits")),
         *((name, ctypes.c_int) for name in ("offset", "bits", "bias_stride", "scale_type")),
         ("factor", ctypes.c_float),
@@ -86,7 +89,29 @@ class PerTokenArgs(ctypes.Structure):
         ("x", ctypes.c_void_p),
         ("q", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
+        ("outlier", ctypes.c_void_p),
         ("k", ctypes.c_int),
+    )
+
+
+class Outliers(ctypes.Structure):
+    """``Outliers`` of ``outliers.h``: ``named`` is ``[named_count]`` int64."""
+
+    _fields_ = (
+        ("named", ctypes.c_void_p),
+        ("named_count", ctypes.c_int),
+        ("threshold", ctypes.c_float),
+    )
+
+
+class OutlierArgs(ctypes.Structure):
+    """``OutlierArgs`` of ``outliers.h``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "named", "found", "outlier")),
+        *((name, ctypes.c_void_p) for name in ("columns", "count")),
+        *((name, ctypes.c_int) for name in ("m", "k", "named_count", "pieces")),
+        ("threshold", ctypes.c_float),
     )
 
 
@@ -102,8 +127,29 @@ class HadamardArgs(ctypes.Structure):
         ("block", ctypes.c_int),
         ("core_order", ctypes.c_int),
         ("piece", ctypes.c_int),
+        ("group", ctypes.c_int),
         ("scale", ctypes.c_float),
     )
+
+
+class QuantizeBlockArgs(ctypes.Structure):
+    """``QuantizeBlockArgs`` of ``quantize_block.h``; ``block`` is 1 to K, ``scale`` the rule."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "y", "factors")),
+        ("rows", ctypes.c_int64),
+        *((name, ctypes.c_int) for name in ("k", "block", "mantissa", "min_exponent")),
+        *((name, ctypes.c_float) for name in ("lowest", "largest")),
+        ("scale", ctypes.c_int),
+        *((name, ctypes.c_float) for name in ("factor", "clip")),
+    )
+
+    @classmethod
+    def of(cls, x: int, y: int, rows: int, k: int, attributes: Mapping[str, Any]) -> Self:
+        """Arguments for the attributes of a QuantizeBlock node."""
+        block = min(int(attributes["block"]) or k, k)
+        names = ("mantissa", "min_exponent", "lowest", "largest", "scale", "factor", "clip")
+        return cls(x, y, None, rows, k, block, *(attributes[name] for name in names))
 
 
 class Plan(ctypes.Structure):
@@ -176,15 +222,62 @@ class CudaKernels:
         )
         return WeightKind(kind), offset.value, unit.value
 
-    def plan(self, args: QuantMatMulArgs, kind: WeightKind, element: ElementType) -> Plan:
-        """How to run a product on the present device."""
+    def plan(
+        self,
+        args: QuantMatMulArgs,
+        kind: WeightKind,
+        element: ElementType,
+        *,
+        int8_levels: bool = False,
+    ) -> Plan:
+        """How to run a product on the present device; see ``onnxq_cuda_plan``."""
         made = Plan()
         self._check(
             self._handle.onnxq_cuda_plan(
-                ctypes.byref(args), int(kind), int(element), ctypes.byref(made)
+                *(ctypes.byref(args), int(kind), int(element), int(int8_levels)),
+                ctypes.byref(made),
             )
         )
         return made
+
+    def dynamic_plan(
+        self,
+        args: QuantMatMulArgs,
+        kind: WeightKind,
+        element: ElementType,
+        outliers: Outliers,
+        *,
+        int8_levels: bool,
+    ) -> Plan:
+        """How to run a product with rows that are quantized to INT8 on the way."""
+        made = Plan()
+        self._check(
+            self._handle.onnxq_cuda_dynamic_plan(
+                *(ctypes.byref(args), int(kind), int(element), int(int8_levels)),
+                *(ctypes.byref(outliers), ctypes.byref(made)),
+            )
+        )
+        return made
+
+    def dynamic_quant_mat_mul(
+        self,
+        args: QuantMatMulArgs,
+        kind: WeightKind,
+        element: ElementType,
+        unit: float,
+        outliers: Outliers,
+        plan: Plan,
+        scratch: int,
+        stream: int,
+    ) -> None:
+        """Run such a plan; ``scratch`` holds ``plan.scratch_bytes``."""
+        self._check(
+            self._handle.onnxq_cuda_dynamic_quant_mat_mul(
+                *(ctypes.byref(args), int(kind), int(element), ctypes.c_float(unit)),
+                *(ctypes.byref(outliers), ctypes.byref(plan)),
+                *(ctypes.c_void_p(scratch), ctypes.c_void_p(stream)),
+            )
+        )
 
     def quant_mat_mul(
         self,
@@ -224,6 +317,16 @@ class CudaKernels:
         self._check(
             self._handle.onnxq_cuda_hadamard(
                 ctypes.byref(args), int(element), ctypes.c_void_p(stream)
+            )
+        )
+
+    def quantize_block(
+        self, args: QuantizeBlockArgs, element: ElementType, *, factors: int, stream: int
+    ) -> None:
+        """Round blocks; ``factors`` has ``[rows]`` float32 for E4M3 scales with factor 0."""
+        self._check(
+            self._handle.onnxq_cuda_quantize_block(
+                ctypes.byref(args), int(element), ctypes.c_void_p(factors), ctypes.c_void_p(stream)
             )
         )
 

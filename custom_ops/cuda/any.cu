@@ -78,6 +78,51 @@ int LaunchExpanded(QuantMatMulArgs a, void* scratch, cudaStream_t stream) {
   return LaunchStatus();
 }
 
+__global__ void __launch_bounds__(kExpandThreads)
+    ExpandLevels(const QuantMatMulArgs a, int8_t* out) {
+  DeviceBlock block;
+  ExpandLevelsBody(block, a, out);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kScaleThreads)
+    ScaleIntegers(const QuantMatMulArgs a, const int32_t* products) {
+  DeviceBlock block;
+  ScaleIntegersBody<T>(block, a, products);
+}
+
+// The levels as a plain matrix of int8, cuBLASLt's product in int32, then the scales.
+int LaunchIntegers(const QuantMatMulArgs& a, int element, void* scratch, cudaStream_t stream) {
+  const IntegerScratch parts(a);
+  auto* const base = static_cast<char*>(scratch);
+  auto* const weights = reinterpret_cast<int8_t*>(base);
+  auto* const products = reinterpret_cast<int32_t*>(base + parts.products);
+  const dim3 grid(static_cast<unsigned>(CeilDivide(a.n, kPanel)),
+                  static_cast<unsigned>(ExpandPieces(a)));
+  ExpandLevels<<<grid, kExpandThreads, size_t{1} << a.bits, stream>>>(a, weights);
+  int status = LaunchStatus();
+  if (status != 0) return status;
+  MatrixProduct product;
+  product.m = a.m;
+  product.n = a.n;
+  product.k = a.k;
+  product.input = MatrixType::kInt8;
+  product.output = MatrixType::kInt32;
+  product.x = a.x;
+  product.weights = weights;
+  product.y = products;
+  product.workspace = base + parts.workspace;
+  int device = 0;
+  status = static_cast<int>(cudaGetDevice(&device));
+  if (status == 0) status = RunMatrixProduct(product, device, stream);
+  if (status != 0) return status;
+  const auto blocks = static_cast<unsigned>(CeilDivide(int64_t{a.m} * a.n, kScaleThreads));
+  return ForElement(element, [&](auto t) {
+    ScaleIntegers<decltype(t)><<<blocks, kScaleThreads, 0, stream>>>(a, products);
+    return LaunchStatus();
+  });
+}
+
 }  // namespace
 }  // namespace onnxq::cuda
 
@@ -113,7 +158,7 @@ ONNXQ_CUDA_EXPORT int onnxq_cuda_classify(const float* levels, int bits, int zer
 }
 
 ONNXQ_CUDA_EXPORT int onnxq_cuda_plan(const QuantMatMulArgs* args, int kind, int element,
-                                      Plan* plan) {
+                                      int int8_levels, Plan* plan) {
   int device = 0;
   int multiprocessors = 0;
   int status = static_cast<int>(cudaGetDevice(&device));
@@ -123,7 +168,7 @@ ONNXQ_CUDA_EXPORT int onnxq_cuda_plan(const QuantMatMulArgs* args, int kind, int
   if (status != 0) return status;
   const int bytes = static_cast<Element>(element) == Element::kFloat32 ? 4 : 2;
   *plan = PlanQuantMatMul(*args, static_cast<WeightKind>(kind), bytes, multiprocessors,
-                          MatrixLibraryThere());
+                          MatrixLibraryThere(), int8_levels != 0);
   return 0;
 }
 
@@ -146,6 +191,8 @@ ONNXQ_CUDA_EXPORT int onnxq_cuda_quant_mat_mul(const QuantMatMulArgs* args, int 
       if (element == static_cast<int>(Element::kBfloat16))
         return LaunchExpanded<Bfloat>(a, scratch, stream);
       return kErrorArguments;
+    case Route::kInteger:
+      return LaunchIntegers(a, element, scratch, stream);
     case Route::kGemv:
       a.factor *= unit;
       return LaunchGemv(a, weights, element, *plan, stream);

@@ -19,11 +19,12 @@ struct HadamardArgs {
   const void* x;      // [count] T
   const float* core;  // [c, c]
   void* y;            // [count] T; int8 when `scales` is given
-  float* scales;      // [count / piece] of the rows, which then are the pieces; or null
+  float* scales;      // [rows, ceil(piece / group)]; rows then are the pieces; or null
   int64_t count;      // a multiple of block
   int block;          // columns that are transformed together: c · 2^m
   int core_order;     // c
   int piece;          // elements that a thread block takes, a multiple of block
+  int group;          // columns that share a scale, at most a piece; where there are scales
   float scale;
 };
 
@@ -110,6 +111,79 @@ ONNXQ_DEVICE void HadamardPass(Block& block, States& states, const Shared& share
   block.Sync();
 }
 
+// What a transformed element is before it is rounded.
+template <class Shared>
+ONNXQ_DEVICE float Transformed(const Shared& shared, const HadamardArgs& a, int thread, int i) {
+  return shared.template Get<float>(thread, HadamardPlace(i)) * a.scale;
+}
+
+// The piece is a row of one scale. Four elements a thread at once where the row has such.
+template <class Block, class States, class Shared>
+ONNXQ_DEVICE void QuantizePiece(Block& block, States& states, const Shared& shared,
+                                const HadamardArgs& a, int count) {
+  block.EachThread([&](int thread) {
+    uint32_t most = 0;
+    for (int i = thread; i < count; i += block.Threads()) {
+      SeeMagnitude(Transformed(shared, a, thread, i), &most);
+    }
+    states[thread].max_bits = most;
+  });
+  MaxOfBlock(block, states, shared, HadamardPlace(a.piece));
+  int8_t* const q = static_cast<int8_t*>(a.y) + int64_t{block.X()} * a.piece;
+  block.EachThread([&](int thread) {
+    const RowScale r = ScaleOfRow(states[thread].max_bits);
+    if (thread == 0) block.Store(a.scales + block.X(), r.scale);
+    if (count % 4 != 0) {
+      for (int i = thread; i < count; i += block.Threads()) {
+        block.Store(q + i,
+                    Int8Out::From(RoundElement(Transformed(shared, a, thread, i), r.factor)));
+      }
+      return;
+    }
+    for (int i = 4 * thread; i < count; i += 4 * block.Threads()) {
+      const auto words = shared.template Get<Words<4>>(thread, HadamardPlace(i));
+      uint32_t four = 0;
+      ONNXQ_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        const float value = FloatFromBits(words.w[j]) * a.scale;
+        const int8_t code = Int8Out::From(RoundElement(value, r.factor));
+        four |= static_cast<uint32_t>(static_cast<uint8_t>(code)) << (8 * j);
+      }
+      block.Store(reinterpret_cast<uint32_t*>(q + i), four);
+    }
+  });
+}
+
+// The piece is a row of several scales: a warp takes a group of columns after another.
+template <class Block, class States, class Shared>
+ONNXQ_DEVICE void QuantizeGroups(Block& block, States& states, const Shared& shared,
+                                 const HadamardArgs& a, int count) {
+  const int groups = (count + a.group - 1) / a.group;
+  int8_t* const q = static_cast<int8_t*>(a.y) + int64_t{block.X()} * a.piece;
+  block.EachWarp([&](const auto& warp) {
+    for (int g = warp.Index(); g < groups; g += block.Threads() / kWarp) {
+      const int begin = g * a.group;
+      const int end = begin + a.group < count ? begin + a.group : count;
+      warp.Each([&](int lane, int thread) {
+        uint32_t most = 0;
+        for (int i = begin + lane; i < end; i += kWarp) {
+          SeeMagnitude(Transformed(shared, a, thread, i), &most);
+        }
+        states[thread].max_bits = most;
+      });
+      warp.Max([&](int thread) { return &states[thread].max_bits; });
+      warp.Each([&](int lane, int thread) {
+        const RowScale r = ScaleOfRow(states[thread].max_bits);
+        if (lane == 0) block.Store(a.scales + int64_t{block.X()} * groups + g, r.scale);
+        for (int i = begin + lane; i < end; i += kWarp) {
+          block.Store(q + i,
+                      Int8Out::From(RoundElement(Transformed(shared, a, thread, i), r.factor)));
+        }
+      });
+    }
+  });
+}
+
 // Grid: x pieces.
 template <class T, class Block>
 ONNXQ_DEVICE void HadamardBody(Block& block, const HadamardArgs& a) {
@@ -169,27 +243,11 @@ ONNXQ_DEVICE void HadamardBody(Block& block, const HadamardArgs& a) {
   }
   if (a.scales == nullptr) return;
 
-  // The piece is a row: quantize what Hadamard would have written.
-  const auto result = [&](int thread, int i) {
-    return T::To(T::From(shared.template Get<float>(thread, HadamardPlace(i)) * a.scale));
-  };
-  block.EachThread([&](int thread) {
-    uint32_t most = 0;
-    for (int i = thread; i < count; i += block.Threads()) {
-      const uint32_t bits = BitsOfFloat(result(thread, i)) & 0x7fffffffU;
-      most = bits > most ? bits : most;
-    }
-    states[thread].max_bits = most;
-  });
-  MaxOfBlock(block, states, shared, HadamardPlace(a.piece));
-  block.EachThread([&](int thread) {
-    const RowScale r = ScaleOfRow(states[thread].max_bits);
-    if (thread == 0) block.Store(a.scales + block.X(), r.scale);
-    int8_t* const q = static_cast<int8_t*>(a.y) + first;
-    for (int i = thread; i < count; i += block.Threads()) {
-      block.Store(q + i, Int8Out::From(RoundElement(result(thread, i), r.factor)));
-    }
-  });
+  if (a.group >= count) {
+    QuantizePiece(block, states, shared, a, count);
+  } else {
+    QuantizeGroups(block, states, shared, a, count);
+  }
 }
 
 }  // namespace onnxq::cuda

@@ -9,7 +9,9 @@
 #include <cstdint>
 
 #include "hadamard.h"
+#include "outliers.h"
 #include "plan.h"
+#include "quantize_block.h"
 
 #if defined(__CUDACC__)
 #include <cuda_runtime_api.h>
@@ -40,11 +42,13 @@ int onnxq_cuda_runtime_version();
 int onnxq_cuda_classify(const float* levels, int bits, int zero_points, int nan_codes, int* offset,
                         float* unit);
 
-// How to run a product on the present device; element is an Element, kind a WeightKind.
+// How to run a product on the present device; element is an Element, kind a WeightKind. int8_levels
+// is 1 where the levels are integers of int8.
 int onnxq_cuda_plan(const onnxq::cuda::QuantMatMulArgs* args, int kind, int element,
-                    onnxq::cuda::Plan* plan);
+                    int int8_levels, onnxq::cuda::Plan* plan);
 
-// Runs a plan; `scratch` has plan->scratch_bytes, 256-byte aligned. args->partial is not read.
+// Runs a plan; `scratch` has plan->scratch_bytes, 256-byte aligned. args->partial is not read. x is
+// int8 where the route is kInteger, else of `element`.
 int onnxq_cuda_quant_mat_mul(const onnxq::cuda::QuantMatMulArgs* args, int kind, int element,
                              float unit, const onnxq::cuda::Plan* plan, void* scratch,
                              OnnxqStream stream);
@@ -54,6 +58,27 @@ int onnxq_cuda_per_token(const onnxq::cuda::PerTokenArgs* args, int rows, int el
                          OnnxqStream stream);
 
 int onnxq_cuda_hadamard(const onnxq::cuda::HadamardArgs* args, int element, OnnxqStream stream);
+
+// The parts of DynamicQuantMatMul. Finds the columns of outliers: writes found, outlier, columns
+// and count. Then args->y = args->sums + the product of the outliers that were found.
+int onnxq_cuda_find_outliers(const onnxq::cuda::OutlierArgs* args, int element, OnnxqStream stream);
+int onnxq_cuda_add_outliers(const onnxq::cuda::QuantMatMulArgs* args,
+                            const onnxq::cuda::OutlierArgs* outliers, int element,
+                            OnnxqStream stream);
+
+// A product with rows of x quantized to INT8 first, but for columns of outliers: plan and launch,
+// as above. Of args, row_scale and sums are not read.
+int onnxq_cuda_dynamic_plan(const onnxq::cuda::QuantMatMulArgs* args, int kind, int element,
+                            int int8_levels, const onnxq::cuda::Outliers* outliers,
+                            onnxq::cuda::Plan* plan);
+int onnxq_cuda_dynamic_quant_mat_mul(const onnxq::cuda::QuantMatMulArgs* args, int kind,
+                                     int element, float unit, const onnxq::cuda::Outliers* outliers,
+                                     const onnxq::cuda::Plan* plan, void* scratch,
+                                     OnnxqStream stream);
+
+// QuantizeBlock; `factors` (device memory for [rows]) is needed for E4M3 scales with factor 0.
+int onnxq_cuda_quantize_block(const onnxq::cuda::QuantizeBlockArgs* args, int element,
+                              float* factors, OnnxqStream stream);
 
 // A plain product on cuBLASLt: int8 to int32, or FP8 with a scale a row of each operand, fused.
 int onnxq_cuda_matrix_product(const onnxq::cuda::MatrixProduct* product, OnnxqStream stream);

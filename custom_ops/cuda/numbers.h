@@ -191,7 +191,14 @@ ONNXQ_HD float FromE8M0(uint8_t code) {
   return code == 0 ? 0x1p-127F : FloatFromBits(static_cast<uint32_t>(code) << 23);
 }
 
-enum class ScaleType : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2, kE4M3 = 3, kE8M0 = 4 };
+enum class ScaleType : int {
+  kFloat32 = 0,
+  kFloat16 = 1,
+  kBfloat16 = 2,
+  kE4M3 = 3,
+  kE8M0 = 4,
+  kInt16 = 5
+};
 
 template <class Block>
 ONNXQ_DEVICE float LoadScale(const Block& block, ScaleType type, const void* scales, int64_t i) {
@@ -206,6 +213,8 @@ ONNXQ_DEVICE float LoadScale(const Block& block, ScaleType type, const void* sca
       return FromE4M3(block.Load(static_cast<const uint8_t*>(scales) + i));
     case ScaleType::kE8M0:
       return FromE8M0(block.Load(static_cast<const uint8_t*>(scales) + i));
+    case ScaleType::kInt16:
+      return static_cast<float>(block.Load(static_cast<const int16_t*>(scales) + i));
   }
   return 0;
 }

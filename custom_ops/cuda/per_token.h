@@ -12,9 +12,10 @@ inline constexpr int kRowThreads = 256;
 inline constexpr int kRowSharedBytes = 4 * kRowThreads / kWarp;
 
 struct PerTokenArgs {
-  const void* x;  // [rows, K] T
-  void* q;        // [rows, K] int8, or integers in Out
-  float* scale;   // [rows]
+  const void* x;           // [rows, K] T
+  void* q;                 // [rows, K] int8, or integers in Out
+  float* scale;            // [rows]
+  const uint8_t* outlier;  // [K] 1 where a column counts as zeros, or null
   int k;
 };
 
@@ -47,6 +48,11 @@ ONNXQ_HD float ElementOf(const Words<4>& words, int i) {
   } else {
     return T::To(static_cast<uint16_t>(words.w[i / 2] >> (i % 2 * 16)));
   }
+}
+
+ONNXQ_HD void SeeMagnitude(float value, uint32_t* most) {
+  const uint32_t bits = BitsOfFloat(value) & 0x7fffffffU;
+  *most = bits > *most ? bits : *most;
 }
 
 struct Int8Out {
@@ -89,21 +95,21 @@ ONNXQ_DEVICE void PerTokenBody(Block& block, const PerTokenArgs& a) {
   const auto* const x = static_cast<const typename T::Bits*>(a.x) + row * a.k;
   auto* const q = static_cast<typename Out::Bits*>(a.q) + row * a.k;
   const bool whole = a.k % kVector<T> == 0;
+  const auto kept = [&](int i, float value) {
+    return a.outlier != nullptr && block.Load(a.outlier + i) != 0 ? 0.0F : value;
+  };
 
   block.EachThread([&](int thread) {
     uint32_t most = 0;
-    const auto see = [&](float value) {
-      const uint32_t bits = BitsOfFloat(value) & 0x7fffffffU;
-      most = bits > most ? bits : most;
-    };
+    const auto see = [&](float value) { SeeMagnitude(value, &most); };
     if (whole) {
       for (int i = thread * kVector<T>; i < a.k; i += kRowThreads * kVector<T>) {
         const auto words = block.Load(reinterpret_cast<const Words<4>*>(x + i));
         ONNXQ_UNROLL
-        for (int j = 0; j < kVector<T>; ++j) see(ElementOf<T>(words, j));
+        for (int j = 0; j < kVector<T>; ++j) see(kept(i + j, ElementOf<T>(words, j)));
       }
     } else {
-      for (int i = thread; i < a.k; i += kRowThreads) see(T::To(block.Load(x + i)));
+      for (int i = thread; i < a.k; i += kRowThreads) see(kept(i, T::To(block.Load(x + i))));
     }
     states[thread].max_bits = most;
   });
@@ -120,13 +126,13 @@ ONNXQ_DEVICE void PerTokenBody(Block& block, const PerTokenArgs& a) {
         Elements elements;
         ONNXQ_UNROLL
         for (int j = 0; j < kVector<T>; ++j) {
-          elements.e[j] = Out::From(RoundElement(ElementOf<T>(words, j), r.factor));
+          elements.e[j] = Out::From(RoundElement(kept(i + j, ElementOf<T>(words, j)), r.factor));
         }
         block.Store(reinterpret_cast<Elements*>(q + i), elements);
       }
     } else {
       for (int i = thread; i < a.k; i += kRowThreads) {
-        block.Store(q + i, Out::From(RoundElement(T::To(block.Load(x + i)), r.factor)));
+        block.Store(q + i, Out::From(RoundElement(kept(i, T::To(block.Load(x + i))), r.factor)));
       }
     }
   });

@@ -6,8 +6,10 @@
 #include <cmath>
 
 #include "cublas_lt.h"
+#include "outliers.h"
 #include "quant_mat_mul_any.h"
 #include "quant_mat_mul_gemv.h"
+#include "quant_mat_mul_integer.h"
 #include "quant_mat_mul_tile.h"
 
 namespace onnxq::cuda {
@@ -61,11 +63,21 @@ inline WeightFormat ClassifyLevels(const float* levels, int bits, bool zero_poin
   return {bits == 4 ? WeightKind::kE2M1 : WeightKind::kE4M3, 0, unit};
 }
 
+// Whether weights can be multiplied as int8: one scale a column and levels that are such integers.
+inline bool HasInt8Levels(const float* levels, int bits) {
+  for (int i = 0; i < 1 << bits; ++i) {
+    if (!(levels[i] >= -128.0F && levels[i] <= 127.0F)) return false;
+    if (std::nearbyint(levels[i]) != levels[i]) return false;
+  }
+  return true;
+}
+
 enum class Route : int {
   kAny = 0,
   kGemv = 1,
   kTile = 2,
-  kExpand = 3,  // to a plain matrix, then cuBLASLt
+  kExpand = 3,   // to a plain matrix, then cuBLASLt
+  kInteger = 4,  // to a plain matrix of int8, then cuBLASLt; x holds int8 then
 };
 
 struct Plan {
@@ -91,7 +103,7 @@ int64_t TileSharedBytes(int row_tiles) {
 // float32 where there is something left to do with them.
 struct ExpandScratch {
   explicit ExpandScratch(const QuantMatMulArgs& a)
-      : finish(a.bias != nullptr || a.row_scale != nullptr),
+      : finish(a.bias != nullptr || a.row_scale != nullptr || a.sums != nullptr),
         workspace(CeilDivide(int64_t{a.n} * a.k * 2, 256) * 256),
         sums(workspace + static_cast<int64_t>(kMatrixWorkspace)),
         bytes(sums + (finish ? int64_t{a.m} * a.n * 4 : 0)) {}
@@ -101,13 +113,56 @@ struct ExpandScratch {
   int64_t bytes;
 };
 
+// The parts of kInteger's.
+struct IntegerScratch {
+  explicit IntegerScratch(const QuantMatMulArgs& a)
+      : workspace(CeilDivide(int64_t{a.n} * a.k, 256) * 256),
+        products(workspace + static_cast<int64_t>(kMatrixWorkspace)),
+        bytes(products + int64_t{a.m} * a.n * 4) {}
+  int64_t workspace;
+  int64_t products;
+  int64_t bytes;
+};
+
+// The parts of a product with rows that are quantized first; the plan's own comes last.
+struct DynamicScratch {
+  DynamicScratch(const QuantMatMulArgs& a, Route route, int element_bytes, const Outliers& o)
+      : adds(o.named_count > 0 || o.threshold > 0),
+        pieces(OutlierPieces(a.m, o.threshold)),
+        row_scale(Round(int64_t{a.m} * a.k * (route == Route::kInteger ? 1 : element_bytes))),
+        found(row_scale + Round(int64_t{a.m} * 4)),
+        outlier(found + (adds ? Round(int64_t{pieces} * a.k) : 0)),
+        columns(outlier + (adds ? Round(a.k) : 0)),
+        count(columns + (adds ? Round(int64_t{a.k} * 4) : 0)),
+        sums(count + (adds ? Round(4) : 0)),
+        product(sums + (adds ? Round(int64_t{a.m} * a.n * 4) : 0)) {}
+  static int64_t Round(int64_t bytes) { return CeilDivide(bytes, 256) * 256; }
+  bool adds;
+  int pieces;
+  int64_t row_scale;  // the quantized rows begin at 0
+  int64_t found;
+  int64_t outlier;
+  int64_t columns;
+  int64_t count;
+  int64_t sums;
+  int64_t product;
+};
+
 // Args: m, n, k, group, groups, scale_type, and which pointers are null, of `a` count.
 //   element_bytes: of the activations.
 //   multiprocessors: of the device.
 //   matrix_library: whether cuBLASLt is there.
+//   int8_levels: what HasInt8Levels says; where rows have scales, x then can be int8.
 inline Plan PlanQuantMatMul(const QuantMatMulArgs& a, WeightKind kind, int element_bytes,
-                            int multiprocessors, bool matrix_library) {
+                            int multiprocessors, bool matrix_library, bool int8_levels) {
   Plan plan;
+  const bool integers = int8_levels && a.row_scale != nullptr && a.groups == 1 &&
+                        a.zero_points == nullptr && a.k % 16 == 0 && a.n % 16 == 0;
+  if (integers && a.m > kMaxTileRows && matrix_library) {
+    plan.route = Route::kInteger;
+    plan.scratch_bytes = IntegerScratch(a).bytes;
+    return plan;
+  }
   const bool tensor_cores =
       kind != WeightKind::kAny && element_bytes == 2 && (a.groups == 1 || a.group % kTileK == 0);
   const bool wide =

@@ -20,7 +20,8 @@ struct QuantMatMulArgs {
   const float* levels;        // [2^bits]
   const float* bias;          // [N], or [1] with bias_stride 0, or null for none
   const float* row_scale;     // r: [M], or null for ones
-  void* y;                    // [M, N] T
+  void* y;                    // [M, N] T; not written where `sums` is given
+  float* sums;                // [M, N] results in float32 for AddOutliersBody, or null
   float* partial;             // [splits, M, N] sums; null when there is one split
   int m;
   int n;
@@ -68,19 +69,26 @@ ONNXQ_DEVICE float SharedScale(const Shared& shared, ScaleType type, int thread,
       return FromE4M3(shared.template Get<uint8_t>(thread, base + i));
     case ScaleType::kE8M0:
       return FromE8M0(shared.template Get<uint8_t>(thread, base + i));
+    case ScaleType::kInt16:
+      return static_cast<float>(shared.template Get<int16_t>(thread, base + 2 * i));
   }
   return 0;
 }
 
-// Ends an element: the row's scale, the factor, the bias, the rounding to T.
+// Ends an element: the row's scale, the factor, the bias, the rounding to T unless more is added.
 template <class T, class Block>
 ONNXQ_DEVICE void Finish(const Block& block, const QuantMatMulArgs& a, float factor, int row,
                          int column, float total) {
   const float r = a.row_scale == nullptr ? factor : block.Load(a.row_scale + row) * factor;
   const float bias =
       a.bias == nullptr ? 0.0F : block.Load(a.bias + int64_t{column} * a.bias_stride);
-  block.Store(static_cast<typename T::Bits*>(a.y) + static_cast<int64_t>(row) * a.n + column,
-              T::From(total * r + bias));
+  const float value = total * r + bias;
+  const int64_t at = int64_t{row} * a.n + column;
+  if (a.sums != nullptr) {
+    block.Store(a.sums + at, value);
+  } else {
+    block.Store(static_cast<typename T::Bits*>(a.y) + at, T::From(value));
+  }
 }
 
 }  // namespace onnxq::cuda

@@ -55,6 +55,7 @@ ONNXQ_CUDA_EXPORT int onnxq_cuda_hadamard(const HadamardArgs* args, int element,
   if (a.count == 0) return 0;
   if (a.piece > kMaxHadamardPiece || a.piece % a.block != 0 || a.count % a.block != 0)
     return kErrorArguments;
+  if (a.scales != nullptr && (a.group < 1 || a.count % a.piece != 0)) return kErrorArguments;
   const auto blocks = static_cast<unsigned>(CeilDivide(a.count, a.piece));
   const auto threads = static_cast<unsigned>(HadamardThreads(a.piece));
   const auto shared = static_cast<size_t>(HadamardSharedBytes(a.piece));

@@ -109,13 +109,14 @@ class DeviceWarp {
     MmaM16N8K16<T>(o.d, o.a, o.b);
   }
 
-  // *value(thread) becomes the greatest of all lanes' values.
+  // *value(thread) becomes the greatest of the values of so many neighbours, a power of two.
   template <class F>
-  __device__ __forceinline__ void Max(F value) const {
+  __device__ __forceinline__ void Max(F value, int lanes = kWarp) const {
     uint32_t* const v = value(static_cast<int>(threadIdx.x));
 #pragma unroll
-    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
-      const uint32_t other = __shfl_xor_sync(0xffffffffU, *v, lanes);
+    for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+      if (distance >= lanes) continue;
+      const uint32_t other = __shfl_xor_sync(0xffffffffU, *v, distance);
       *v = *v > other ? *v : other;
     }
   }

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.cuda.emulation import Emulation
+from tests.custom_ops.conftest import library
+
+__all__ = ["emulation", "library"]
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "custom_ops" / "cuda"
@@ -26,7 +29,8 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
     command = [
         *(compiler, "-std=c++17", "-O1", "-ffp-contract=off"),
         *("-Wall", "-Wextra", "-Wconversion", "-Werror", "-fPIC", "-shared"),
-        *(f"-I{KERNELS}", f"-I{HERE}", str(HERE / "emulate.cc"), "-o", str(library)),
+        *(f"-I{KERNELS}", f"-I{KERNELS.parent / 'include'}", f"-I{HERE}"),
+        *(str(HERE / "emulate.cc"), "-o", str(library)),
     ]
     subprocess.run(command, check=True)
     return Emulation(ctypes.CDLL(str(library)))

@@ -4,7 +4,9 @@
 
 #include "emulator.h"
 #include "hadamard.h"
+#include "outliers.h"
 #include "plan.h"
+#include "quantize_block.h"
 
 namespace onnxq::cuda {
 namespace {
@@ -32,6 +34,15 @@ void Declare(Memory* memory, const QuantMatMulArgs& a, int element_bytes) {
   if (a.row_scale != nullptr) memory->Input(a.row_scale, 4 * a.m);
 }
 
+void DeclareResult(Memory* memory, const QuantMatMulArgs& a, int element_bytes) {
+  const int64_t count = int64_t{a.m} * a.n;
+  if (a.sums != nullptr) {
+    memory->Output(a.sums, 4 * count);
+  } else {
+    memory->Output(a.y, element_bytes * count);
+  }
+}
+
 template <class T, class Decoder>
 void RunDecoded(const QuantMatMulArgs& a, Route route, int row_tiles) {
   Memory memory;
@@ -39,7 +50,7 @@ void RunDecoded(const QuantMatMulArgs& a, Route route, int row_tiles) {
   if (route == Route::kTile && a.splits > 1) {
     memory.Output(a.partial, int64_t{a.splits} * a.m * a.n * 4);
   } else {
-    memory.Output(a.y, int64_t{a.m} * a.n * 2);
+    DeclareResult(&memory, a, 2);
   }
   if (route == Route::kGemv) {
     RunGrid(&memory, static_cast<int>(CeilDivide(a.n, kPanel)),
@@ -58,7 +69,7 @@ void RunDecoded(const QuantMatMulArgs& a, Route route, int row_tiles) {
       Memory sums;
       Declare(&sums, a, 2);
       sums.Input(a.partial, int64_t{a.splits} * a.m * a.n * 4);
-      sums.Output(a.y, int64_t{a.m} * a.n * 2);
+      DeclareResult(&sums, a, 2);
       RunGrid(&sums, static_cast<int>(CeilDivide(int64_t{a.m} * a.n, kSumThreads)), 1, 1,
               kSumThreads, [&](HostBlock& block) { SumSplitsBody<T>(block, a, Decoder::kUnit); });
       sums.CheckComplete();
@@ -88,7 +99,7 @@ template <class T>
 void RunAny(const QuantMatMulArgs& a) {
   Memory memory;
   Declare(&memory, a, static_cast<int>(sizeof(typename T::Bits)));
-  memory.Output(a.y, int64_t{a.m} * a.n * static_cast<int>(sizeof(typename T::Bits)));
+  DeclareResult(&memory, a, static_cast<int>(sizeof(typename T::Bits)));
   RunGrid(&memory, static_cast<int>(CeilDivide(a.n, kPanel)),
           static_cast<int>(CeilDivide(a.m, kAnyRows)), 1, kAnyThreads,
           [&](HostBlock& block) { AnyBody<T>(block, a); });
@@ -111,6 +122,7 @@ void RunPerToken(const PerTokenArgs& a, int rows) {
   memory.Input(a.x, int64_t{rows} * a.k * static_cast<int>(sizeof(typename T::Bits)));
   memory.Output(a.q, int64_t{rows} * a.k * static_cast<int>(sizeof(typename Out::Bits)));
   memory.Output(a.scale, 4 * rows);
+  if (a.outlier != nullptr) memory.Input(a.outlier, a.k);
   RunGrid(&memory, rows, 1, 1, kRowThreads,
           [&](HostBlock& block) { PerTokenBody<T, Out>(block, a); });
   memory.CheckComplete();
@@ -124,9 +136,101 @@ void RunHadamard(const HadamardArgs& a) {
   memory.Input(a.x, a.count * bytes);
   memory.Input(a.core, 4 * a.core_order * a.core_order);
   memory.Output(a.y, a.scales == nullptr ? a.count * bytes : a.count);
-  if (a.scales != nullptr) memory.Output(a.scales, 4 * pieces);
+  if (a.scales != nullptr) memory.Output(a.scales, 4 * pieces * CeilDivide(a.piece, a.group));
   RunGrid(&memory, pieces, 1, 1, HadamardThreads(a.piece),
           [&](HostBlock& block) { HadamardBody<T>(block, a); });
+  memory.CheckComplete();
+}
+
+void RunExpandLevels(const QuantMatMulArgs& a, int8_t* out) {
+  Memory memory;
+  Declare(&memory, a, 1);
+  memory.Output(out, int64_t{a.n} * a.k);
+  RunGrid(&memory, static_cast<int>(CeilDivide(a.n, kPanel)), ExpandPieces(a), 1, kExpandThreads,
+          [&](HostBlock& block) { ExpandLevelsBody(block, a, out); });
+  memory.CheckComplete();
+}
+
+template <class T>
+void RunScaleIntegers(const QuantMatMulArgs& a, const int32_t* products) {
+  Memory memory;
+  Declare(&memory, a, 1);
+  memory.Input(products, int64_t{a.m} * a.n * 4);
+  DeclareResult(&memory, a, static_cast<int>(sizeof(typename T::Bits)));
+  RunGrid(&memory, static_cast<int>(CeilDivide(int64_t{a.m} * a.n, kScaleThreads)), 1, 1,
+          kScaleThreads, [&](HostBlock& block) { ScaleIntegersBody<T>(block, a, products); });
+  memory.CheckComplete();
+}
+
+template <class T>
+void RunFindOutliers(const OutlierArgs& a) {
+  Memory found;
+  found.Input(a.x, int64_t{a.m} * a.k * static_cast<int>(sizeof(typename T::Bits)));
+  found.Input(a.named, 8 * a.named_count);
+  found.Output(a.found, int64_t{a.pieces} * a.k);
+  RunGrid(&found, static_cast<int>(CeilDivide(a.k, kFindColumns)), a.pieces, 1, kFindThreads,
+          [&](HostBlock& block) { FindOutliersBody<T>(block, a); });
+  found.CheckComplete();
+  Memory order;
+  order.Input(a.found, int64_t{a.pieces} * a.k);
+  order.Output(a.outlier, a.k);
+  order.Output(a.columns, 4 * a.k);
+  order.Output(a.count, 4);
+  RunGrid(&order, 1, 1, 1, kOrderThreads, [&](HostBlock& block) { OrderColumnsBody(block, a); });
+  order.CheckComplete();
+}
+
+template <class T>
+void RunAddOutliers(const QuantMatMulArgs& a, const OutlierArgs& o) {
+  const int bytes = static_cast<int>(sizeof(typename T::Bits));
+  Memory memory;
+  Declare(&memory, a, 1);
+  memory.Input(o.x, int64_t{a.m} * a.k * bytes);
+  memory.Input(a.sums, int64_t{a.m} * a.n * 4);
+  memory.Input(o.columns, 4 * a.k);
+  memory.Input(o.count, 4);
+  memory.Output(a.y, int64_t{a.m} * a.n * bytes);
+  RunGrid(&memory, static_cast<int>(CeilDivide(a.n, kPanel)),
+          static_cast<int>(CeilDivide(a.m, kAddWarps * kAddRows)), 1, kAddThreads,
+          [&](HostBlock& block) { AddOutliersBody<T>(block, a, o); });
+  memory.CheckComplete();
+}
+
+// f(T()) for the type of activations that has a number.
+template <class F>
+void ForType(int type, const F& f) {
+  if (type == 0) return f(Float());
+  if (type == 1) return f(Half());
+  return f(Bfloat());
+}
+
+// As LaunchQuantizeBlock of blocks.cu.
+template <class T>
+void RunQuantizeBlock(QuantizeBlockArgs a, float* factors) {
+  const int64_t bytes = a.rows * a.k * static_cast<int64_t>(sizeof(typename T::Bits));
+  const int rows = static_cast<int>(a.rows);
+  if (a.format.scale == BlockScale::kE4M3 && a.format.factor == 0) {
+    Memory memory;
+    memory.Input(a.x, bytes);
+    memory.Output(factors, 4 * a.rows);
+    RunGrid(&memory, rows, 1, 1, kRowThreads,
+            [&](HostBlock& block) { RowFactorBody<T>(block, a, factors); });
+    memory.CheckComplete();
+    a.factors = factors;
+  }
+  Memory memory;
+  memory.Input(a.x, bytes);
+  memory.Input(a.factors, 4 * a.rows);
+  memory.Output(a.y, bytes);
+  if (BlockLanes<T>(a) > 0) {
+    const int pieces = static_cast<int>(CeilDivide(a.rows * a.k / kVector<T>, kBlockThreads));
+    RunGrid(&memory, pieces, 1, 1, kBlockThreads,
+            [&](HostBlock& block) { BlockVectorsBody<T>(block, a); });
+  } else {
+    const int groups = static_cast<int>(CeilDivide(a.rows * BlocksOfRow(a), kBlockWarps));
+    RunGrid(&memory, groups, 1, 1, kBlockThreads,
+            [&](HostBlock& block) { BlockWarpsBody<T>(block, a); });
+  }
   memory.CheckComplete();
 }
 
@@ -163,11 +267,11 @@ ONNXQ_EXPORT const char* emulate_expand(const QuantMatMulArgs* a, int type, uint
 // out: 0 int8, 1 the type of x.
 ONNXQ_EXPORT const char* emulate_per_token(const PerTokenArgs* a, int rows, int type, int out) {
   return Guard([&] {
-    if (type == 0) return RunPerToken<Float, Int8Out>(*a, rows);
-    if (type == 1 && out == 0) return RunPerToken<Half, Int8Out>(*a, rows);
-    if (type == 1) return RunPerToken<Half, Half>(*a, rows);
-    if (out == 0) return RunPerToken<Bfloat, Int8Out>(*a, rows);
-    return RunPerToken<Bfloat, Bfloat>(*a, rows);
+    ForType(type, [&](auto t) {
+      using T = decltype(t);
+      if (out == 0) return RunPerToken<T, Int8Out>(*a, rows);
+      return RunPerToken<T, T>(*a, rows);
+    });
   });
 }
 
@@ -179,6 +283,45 @@ ONNXQ_EXPORT const char* emulate_hadamard(const HadamardArgs* a, int type) {
   });
 }
 
+ONNXQ_EXPORT const char* emulate_quantize_block(const QuantizeBlockArgs* a, int type,
+                                                float* factors) {
+  return Guard([&] { ForType(type, [&](auto t) { RunQuantizeBlock<decltype(t)>(*a, factors); }); });
+}
+
+ONNXQ_EXPORT const char* emulate_find_outliers(const OutlierArgs* a, int type) {
+  return Guard([&] { ForType(type, [&](auto t) { RunFindOutliers<decltype(t)>(*a); }); });
+}
+
+ONNXQ_EXPORT const char* emulate_add_outliers(const QuantMatMulArgs* a, const OutlierArgs* o,
+                                              int type) {
+  return Guard([&] { ForType(type, [&](auto t) { RunAddOutliers<decltype(t)>(*a, *o); }); });
+}
+
+ONNXQ_EXPORT const char* emulate_expand_levels(const QuantMatMulArgs* a, int8_t* out) {
+  return Guard([&] { RunExpandLevels(*a, out); });
+}
+
+ONNXQ_EXPORT const char* emulate_scale_integers(const QuantMatMulArgs* a, int type,
+                                                const int32_t* products) {
+  return Guard(
+      [&] { ForType(type, [&](auto t) { RunScaleIntegers<decltype(t)>(*a, products); }); });
+}
+
+// Begin and end of every part, in their order.
+ONNXQ_EXPORT void dynamic_scratch(const QuantMatMulArgs* a, int route, int element_bytes,
+                                  const Outliers* o, int64_t* at) {
+  const DynamicScratch parts(*a, static_cast<Route>(route), element_bytes, *o);
+  const int64_t all[] = {0,           parts.row_scale, parts.found,  parts.outlier, parts.columns,
+                         parts.count, parts.sums,      parts.product};
+  std::copy(std::begin(all), std::end(all), at);
+}
+
+ONNXQ_EXPORT int outlier_pieces(int m, float threshold) { return OutlierPieces(m, threshold); }
+
+ONNXQ_EXPORT int has_int8_levels(const float* levels, int bits) {
+  return HasInt8Levels(levels, bits) ? 1 : 0;
+}
+
 ONNXQ_EXPORT int hadamard_piece(int block) { return HadamardPiece(block); }
 
 struct PlanResult {
@@ -187,9 +330,10 @@ struct PlanResult {
 };
 
 ONNXQ_EXPORT void plan_quant_mat_mul(const QuantMatMulArgs* a, int kind, int element_bytes,
-                                     int multiprocessors, int matrix_library, PlanResult* out) {
+                                     int multiprocessors, int matrix_library, int int8_levels,
+                                     PlanResult* out) {
   const Plan plan = PlanQuantMatMul(*a, static_cast<WeightKind>(kind), element_bytes,
-                                    multiprocessors, matrix_library != 0);
+                                    multiprocessors, matrix_library != 0, int8_levels != 0);
   *out = {static_cast<int>(plan.route), plan.row_tiles, plan.splits, plan.shared_bytes,
           plan.scratch_bytes};
 }
@@ -223,7 +367,8 @@ ONNXQ_EXPORT void decode_word(int type, int kind, uint32_t word, float z, uint32
 
 // Of the structs that Python mirrors, in the order of the test.
 ONNXQ_EXPORT int struct_bytes(int which) {
-  const size_t sizes[] = {sizeof(QuantMatMulArgs), sizeof(PerTokenArgs), sizeof(HadamardArgs),
-                          sizeof(Plan), sizeof(MatrixProduct)};
+  const size_t sizes[] = {
+      sizeof(QuantMatMulArgs), sizeof(PerTokenArgs),      sizeof(HadamardArgs), sizeof(Plan),
+      sizeof(MatrixProduct),   sizeof(QuantizeBlockArgs), sizeof(OutlierArgs),  sizeof(Outliers)};
   return static_cast<int>(sizes[which]);
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,11 @@ from onnxq.custom_ops.cuda_calls import (
     ELEMENT_TYPES,
     ElementType,
     HadamardArgs,
+    OutlierArgs,
+    Outliers,
     PerTokenArgs,
     Plan,
+    QuantizeBlockArgs,
     QuantMatMulArgs,
     Route,
     WeightKind,
@@ -25,6 +29,10 @@ from onnxq.custom_ops.packed_weight import PackedWeight
 
 Array = np.ndarray[Any, Any]
 
+_EMULATED = (
+    *("quant_mat_mul", "expand", "per_token", "hadamard", "quantize_block"),
+    *("find_outliers", "add_outliers", "expand_levels", "scale_integers"),
+)
 ALIGNMENT = 256  # of what cudaMalloc gives
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -53,7 +61,7 @@ class Emulation:
 
     def __init__(self, handle: ctypes.CDLL) -> None:
         self._handle = handle
-        for name in ("quant_mat_mul", "expand", "per_token", "hadamard"):
+        for name in _EMULATED:
             getattr(handle, f"emulate_{name}").restype = ctypes.c_char_p
 
     def classify(self, packed: PackedWeight, *, nan_codes: bool = False) -> Format:
@@ -71,14 +79,26 @@ class Emulation:
         return Format(WeightKind(kind), offset.value, unit.value)
 
     def plan(
-        self, args: QuantMatMulArgs, kind: WeightKind, *, multiprocessors: int, library: bool
+        self,
+        args: QuantMatMulArgs,
+        kind: WeightKind,
+        *,
+        multiprocessors: int,
+        library: bool,
+        int8_levels: bool = False,
     ) -> Plan:
         """The plan for 16-bit activations."""
         made = Plan()
         self._handle.plan_quant_mat_mul(
-            ctypes.byref(args), int(kind), 2, multiprocessors, int(library), ctypes.byref(made)
+            *(ctypes.byref(args), int(kind), 2, multiprocessors, int(library), int(int8_levels)),
+            ctypes.byref(made),
         )
         return made
+
+    def has_int8_levels(self, levels: Array, bits: int) -> bool:
+        """What the plan asks of levels."""
+        table = aligned(levels)
+        return bool(self._handle.has_int8_levels(ctypes.c_void_p(table.ctypes.data), bits))
 
     def decode_word(self, dtype: np.dtype[Any], kind: WeightKind, word: int, z: float) -> Array:
         """The numbers of a word of codes, ``[fields, 4]`` in the order of k."""
@@ -102,14 +122,16 @@ class Emulation:
         row_tiles: int = 0,
         splits: int = 1,
         row_scale: Array | None = None,
+        sums: bool = False,
     ) -> Array:
-        """``[M, N]`` by one kernel."""
+        """``[M, N]`` by one kernel; in float32 with ``sums``."""
         plain = route == Route.ANY  # that kernel reads levels, not codes
         call = Call(
             *(x, packed, self.classify(packed)),
             splits=splits,
             row_scale=row_scale,
             plain_factor=plain,
+            sums=sums,
         )
         self._check(
             self._handle.emulate_quant_mat_mul(
@@ -118,6 +140,72 @@ class Emulation:
                 int(call.kind),
                 int(route),
                 row_tiles,
+            )
+        )
+        return call.sums if sums else call.y
+
+    def dynamic_scratch(
+        self, args: QuantMatMulArgs, route: Route, element_bytes: int, outliers: Outliers
+    ) -> list[int]:
+        """Where the parts of a dynamic product's scratch memory begin, and where they end."""
+        at = np.zeros(8, np.int64)
+        self._handle.dynamic_scratch(
+            *(ctypes.byref(args), int(route), element_bytes, ctypes.byref(outliers)),
+            ctypes.c_void_p(at.ctypes.data),
+        )
+        return [int(place) for place in at]
+
+    def integer_product(
+        self, q: Array, packed: PackedWeight, row_scale: Array, dtype: np.dtype[Any], *, sums: bool
+    ) -> Array:
+        """The route of int8 ``q [M, K]``; numpy stands for cuBLASLt."""
+        n, k = int(packed.attributes["N"]), int(packed.attributes["K"])
+        call = Call(
+            np.zeros((q.shape[0], k), dtype), packed, self.classify(packed), row_scale=row_scale,
+            plain_factor=True, sums=sums,
+        )  # fmt: skip
+        levels = aligned(np.zeros((n, k), np.int8))
+        self._check(
+            self._handle.emulate_expand_levels(
+                ctypes.byref(call.args), ctypes.c_void_p(levels.ctypes.data)
+            )
+        )
+        products = aligned(q.astype(np.int32) @ levels.T.astype(np.int32))
+        self._check(
+            self._handle.emulate_scale_integers(
+                *(ctypes.byref(call.args), int(ELEMENT_TYPES[dtype])),
+                ctypes.c_void_p(products.ctypes.data),
+            )
+        )
+        return call.sums if sums else call.y
+
+    def find_outliers(self, x: Array, named: Array, threshold: float) -> tuple[Array, Array, int]:
+        """Of ``[M, K]``: which columns are outliers, all columns with those first, how many."""
+        x, named = aligned(x), aligned(named)
+        m, k = x.shape
+        pieces = self._handle.outlier_pieces(m, ctypes.c_float(threshold))
+        found = aligned(np.zeros((pieces, k), np.uint8))
+        outlier = aligned(np.zeros(k, np.uint8))
+        columns, count = aligned(np.zeros(k, np.int32)), aligned(np.zeros(1, np.int32))
+        arrays = (x, named, found, outlier, columns, count)
+        args = OutlierArgs(*(a.ctypes.data for a in arrays), m, k, len(named), pieces, threshold)
+        self._check(
+            self._handle.emulate_find_outliers(ctypes.byref(args), int(ELEMENT_TYPES[x.dtype]))
+        )
+        return outlier, columns, int(count[0])
+
+    def add_outliers(
+        self, sums: Array, x: Array, packed: PackedWeight, columns: Array, count: int
+    ) -> Array:
+        """``[M, N]`` of the type of x."""
+        call = Call(x, packed, self.classify(packed), plain_factor=True, sums=True)
+        call.sums[...] = sums
+        x, columns = aligned(x), aligned(columns)
+        counts = aligned(np.array([count], np.int32))
+        found = OutlierArgs(x=x.ctypes.data, columns=columns.ctypes.data, count=counts.ctypes.data)
+        self._check(
+            self._handle.emulate_add_outliers(
+                ctypes.byref(call.args), ctypes.byref(found), int(ELEMENT_TYPES[x.dtype])
             )
         )
         return call.y
@@ -136,12 +224,18 @@ class Emulation:
         )
         return out
 
-    def per_token(self, x: Array, *, floats: bool = False) -> tuple[Array, Array]:
+    def per_token(
+        self, x: Array, *, floats: bool = False, outlier: Array | None = None
+    ) -> tuple[Array, Array]:
         """Integers, as int8 or in the type of x, and the scales of the rows of ``[rows, K]``."""
         x = aligned(x)
         q = aligned(np.zeros(x.shape, x.dtype if floats else np.int8))
         scale = aligned(np.zeros(x.shape[0], np.float32))
-        args = PerTokenArgs(x.ctypes.data, q.ctypes.data, scale.ctypes.data, x.shape[1])
+        mask = None if outlier is None else aligned(outlier)
+        args = PerTokenArgs(
+            *(x.ctypes.data, q.ctypes.data, scale.ctypes.data),
+            *(None if mask is None else mask.ctypes.data, x.shape[1]),
+        )
         self._check(
             self._handle.emulate_per_token(
                 ctypes.byref(args), x.shape[0], int(ELEMENT_TYPES[x.dtype]), int(floats)
@@ -150,19 +244,36 @@ class Emulation:
         return q, scale
 
     def hadamard(
-        self, x: Array, core: Array, block: int, scale: float, *, quantize: bool = False
+        self, x: Array, core: Array, block: int, scale: float, *, group: int | None = None
     ) -> tuple[Array, Array]:
-        """The transform of ``[rows, K]``; int8 and the scales of the rows with ``quantize``."""
+        """The transform of ``[rows, K]``; int8 and the scales of groups with ``group``."""
         x, core = aligned(x), aligned(core.astype(np.float32))
+        quantize = group is not None
+        size = min(group or 1, x.shape[1])
         y = aligned(np.zeros(x.shape, np.int8 if quantize else x.dtype))
-        scales = aligned(np.zeros(x.shape[0], np.float32))
+        scales = aligned(np.zeros((x.shape[0], -(-x.shape[1] // size)), np.float32))
         piece = x.shape[1] if quantize else self._handle.hadamard_piece(block)
         args = HadamardArgs(
             *(x.ctypes.data, core.ctypes.data, y.ctypes.data),
-            *(scales.ctypes.data if quantize else None, x.size, block, len(core), piece, scale),
+            *(scales.ctypes.data if quantize else None, x.size, block, len(core), piece),
+            *(size, scale),
         )
         self._check(self._handle.emulate_hadamard(ctypes.byref(args), int(ELEMENT_TYPES[x.dtype])))
         return y, scales
+
+    def quantize_block(self, x: Array, attributes: Mapping[str, Any]) -> Array:
+        """``[rows, K]`` with blocks rounded."""
+        x, y = aligned(x), aligned(np.zeros(x.shape, x.dtype))
+        factors = aligned(np.zeros(x.shape[0], np.float32))
+        args = QuantizeBlockArgs.of(x.ctypes.data, y.ctypes.data, *x.shape, attributes)
+        self._check(
+            self._handle.emulate_quantize_block(
+                ctypes.byref(args),
+                int(ELEMENT_TYPES[x.dtype]),
+                ctypes.c_void_p(factors.ctypes.data),
+            )
+        )
+        return y
 
     def struct_bytes(self, which: int) -> int:
         """Size of a struct of the C interface."""
@@ -186,11 +297,13 @@ class Call:
         splits: int = 1,
         row_scale: Array | None = None,
         plain_factor: bool = False,
+        sums: bool = False,
     ) -> None:
         a = packed.attributes
         k, n, group = int(a["K"]), int(a["N"]), int(a["group"])
         self.kind = made.kind
         self.y = aligned(np.zeros((x.shape[0], n), x.dtype))
+        self.sums = aligned(np.zeros((x.shape[0], n), np.float32))
         self._kept = {name: aligned(array) for name, array in packed.inputs.items()}
         self._kept["x"] = aligned(x)
         self._kept["partial"] = aligned(np.zeros((splits, x.shape[0], n), np.float32))
@@ -201,6 +314,7 @@ class Call:
         self.args = QuantMatMulArgs(
             *(kept["x"], kept["codes"], kept["scales"], kept["zero_points"] if zeros else None),
             *(kept["levels"], kept["bias"], kept.get("row_scale"), self.y.ctypes.data),
+            self.sums.ctypes.data if sums else None,
             *(kept["partial"] if splits > 1 else None, x.shape[0], n, k, group, -(-k // group)),
             *(splits, made.offset, int(a["bits"]), int(len(packed.inputs["bias"]) == n and n > 1)),
             *(

@@ -113,10 +113,12 @@ class HostWarp {
   }
 
   template <class F>
-  void Max(F value) const {
-    uint32_t most = 0;
-    Each([&](int, int thread) { most = std::max(most, *value(thread)); });
-    Each([&](int, int thread) { *value(thread) = most; });
+  void Max(F value, int lanes = kWarp) const {
+    uint32_t most[kWarp] = {};
+    Each([&](int lane, int thread) {
+      most[lane / lanes] = std::max(most[lane / lanes], *value(thread));
+    });
+    Each([&](int lane, int thread) { *value(thread) = most[lane / lanes]; });
   }
 
  private:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from onnxq import custom_ops
-from onnxq.runtime import inspect_library, require_onnxruntime
+from onnxq.runtime import Library, inspect_library, require_onnxruntime
 from onnxq.runtime.cuda import device_problem
-from onnxq.runtime.library import CUDA
+from onnxq.runtime.library import CPU, CUDA
 from tests.cuda.build import ARCHITECTURES, build_library, missing_tool, resource_use
-from tests.custom_ops.cases import single_node_model
+from tests.custom_ops.cases import CASES, agrees, model_of, single_node_model
 
 # Registers of a thread at most. A multiprocessor has 65536: with 256 threads a block, 128 let two
 # blocks of a GEMV run at once, 255 one block of the widest tile.
@@ -29,6 +31,14 @@ REGISTERS = {
     "FindNanCodes": 32,
     "PerToken": 40,
     "HadamardRows": 80,
+    "BlockVectors": 40,
+    "BlockWarps": 40,
+    "RowFactor": 40,
+    "ExpandLevels": 40,
+    "ScaleIntegers": 32,
+    "FindOutliers": 40,
+    "OrderColumns": 40,
+    "AddOutliers": 40,
 }
 
 
@@ -82,11 +92,39 @@ def test_calls_without_a_driver_answer_with_a_code(built: Path) -> None:
     assert b"driver" in handle.onnxq_cuda_error_text(code)
 
 
-def test_registered_in_a_cpu_session_it_is_refused(built: Path) -> None:
-    """Which is why `onnxq.session` registers it with the CUDA provider alone."""
+def cpu_session(library: Path, model: bytes) -> Any:
+    """A session on the CPU with the CUDA library registered."""
     ort = require_onnxruntime()
     options = ort.SessionOptions()
-    options.register_custom_ops_library(str(built))
-    model = single_node_model("Hadamard", "float32")
+    options.register_custom_ops_library(str(library))
+    return ort.InferenceSession(model, options, ["CPUExecutionProvider"])
+
+
+def test_registered_alone_in_a_cpu_session_it_is_refused(built: Path, tmp_path: Path) -> None:
+    """No operator of the domain has a body once it is registered."""
+    alone = shutil.copy(built, tmp_path)
     with pytest.raises(Exception, match="NOT_IMPLEMENTED"):
-        ort.InferenceSession(model, options, ["CPUExecutionProvider"])
+        cpu_session(alone, single_node_model("Hadamard", "float32"))
+
+
+def test_with_the_cpu_kernels_beside_it_every_operator_has_a_kernel(
+    built: Path, library: Library, tmp_path: Path
+) -> None:
+    """The domain holds both libraries' kernels: what CUDA does not take is left to the CPU's."""
+    both = Path(shutil.copy(built, tmp_path))
+    shutil.copy(library.path, tmp_path)
+    for kernel in library.kernels:
+        case = next(iter(CASES[kernel.op](kernel.dtype)))
+        made = cpu_session(both, model_of(kernel.op, case))
+        got = made.run(None, case.inputs)
+        assert agrees(kernel.op, case, got, kernel=True), kernel
+
+
+def test_cpu_kernels_of_another_build_are_left_out(built: Path, tmp_path: Path) -> None:
+    both = Path(shutil.copy(built, tmp_path))
+    code = 'const char* onnxq_version() { return "0.0.0"; }\n'
+    to = tmp_path / CPU.file_name
+    command = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", to]
+    subprocess.run(command, input=code, text=True, check=True)
+    with pytest.raises(Exception, match="NOT_IMPLEMENTED"):
+        cpu_session(both, single_node_model("Hadamard", "float32"))

@@ -11,13 +11,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks._cuda import Device, Weight, missing, product_error, to_device
+from benchmarks._cuda import (
+    HALF_STEP,
+    TENSOR_CORE_BUDGET,
+    Device,
+    Weight,
+    missing,
+    product_error,
+    to_device,
+)
 from onnxq import custom_ops
+from onnxq.custom_ops.block_format import block_attributes
 from onnxq.custom_ops.cuda_calls import Route
 from onnxq.custom_ops.packed_weight import PackedWeight
+from onnxq.formats import parse_format
 from onnxq.solvers.hadamard import hadamard_matrix
 from tests.cuda.emulation import exact
-from tests.custom_ops.cases import quantized_weight
+from tests.custom_ops.cases import BLOCK_FORMATS, CASES, model_of, quantized_weight
 
 PROBLEM = missing()
 pytestmark = pytest.mark.skipif(PROBLEM is not None, reason=f"no device: {PROBLEM}")
@@ -136,13 +146,62 @@ def test_hadamard_gives_the_cpu_s_bits(
         (expected,) = reference(x.float().cpu().numpy(), core, block=block, scale=scale)
         rounded = torch.from_numpy(expected).to(x.dtype)
         assert torch.equal(y.cpu(), rounded), (k, block, c)
-        run, q, scales = device.hadamard(x, to_device(core), block, scale, quantize=True)
+        run, q, scales = device.hadamard(x, to_device(core), block, scale, group=k)
         run()
-        composed, expected_q, expected_scales = device.per_token(rounded.cuda())
-        composed()
         torch.cuda.synchronize()
-        assert torch.equal(q, expected_q)
-        assert torch.equal(scales, expected_scales)
+        expected_q, expected_scales = custom_ops.get("HadamardQuantize").reference(
+            x.float().cpu().numpy(), core, block=block, scale=scale, group=k
+        )
+        assert np.array_equal(q.cpu().numpy(), expected_q), (k, block, c)
+        assert np.array_equal(scales.cpu().numpy(), expected_scales)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantize_block_gives_the_reference_s_bits(
+    device: Device, rng: np.random.Generator, dtype: str
+) -> None:
+    import torch
+
+    reference = custom_ops.get("QuantizeBlock").reference
+    for (name, group), k in itertools.product(BLOCK_FORMATS, (97, 512, 4096)):
+        attributes = block_attributes(parse_format(name), group=group)
+        x = activations(rng, (7, k), dtype) * 10.0 ** float(rng.uniform(-3, 3))
+        x[2, 5] = float("nan")
+        run, y = device.quantize_block(x, attributes)
+        run()
+        torch.cuda.synchronize()
+        (expected,) = reference(x.float().cpu().numpy(), **attributes)
+        wanted = torch.from_numpy(expected).to(x.dtype)
+        assert torch.equal(torch.nan_to_num(y.cpu(), 7), torch.nan_to_num(wanted, 7)), (name, k)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["int8", "int4", "uint4"])
+def test_dynamic_products(device: Device, rng: np.random.Generator, kind: str, dtype: str) -> None:
+    """Few rows on the kernels of QuantMatMul, many as integers; with and without outliers."""
+    import torch
+
+    reference = custom_ops.get("DynamicQuantMatMul").reference
+    for m, (k, n, group) in itertools.product((1, 8, 40, 300), ((512, 272, 512), (256, 96, 32))):
+        packed = quantized_weight(kind, n, k, group, int8_activations=True, rng=rng)
+        x = activations(rng, (m, k), dtype)
+        x[:, 3] *= 20
+        for named, threshold in (([], 0.0), ([5, 3, 5], 0.0), ([k - 1], 9.0)):
+            columns = np.array(named, np.int64)
+            run, y = device.dynamic_product(
+                x, Weight(device, packed), named=to_device(columns), threshold=threshold
+            )
+            run()
+            torch.cuda.synchronize()
+            source = x.float().cpu().numpy()
+            (expected,) = reference(
+                source, *packed.inputs.values(), columns, threshold=threshold, **packed.attributes
+            )
+            _, size = exact(source, packed)
+            budget = TENSOR_CORE_BUDGET * (4 + np.sqrt(k)) * size + 2.0**-24
+            budget += HALF_STEP[dtype] * (np.abs(expected) + size * (m > 128)) * 1.01
+            error = np.abs(y.double().cpu().numpy() - expected) / budget
+            assert error.max() <= 1, (m, k, n, named, threshold, error.max())
 
 
 def test_matrix_products(device: Device, rng: np.random.Generator) -> None:
@@ -185,23 +244,36 @@ def test_routes_agree(device: Device, rng: np.random.Generator) -> None:
     assert torch.allclose(results[0].float(), results[1].float(), rtol=2e-3, atol=1e-3)
 
 
-def test_operators_in_onnxruntime(rng: np.random.Generator) -> None:
-    """The library in a CUDA session, against the bodies on the CPU."""
+def test_operators_in_onnxruntime() -> None:
+    """Each operator with a CUDA kernel in a CUDA session, on the contract's cases."""
     from onnxq.runtime import available_providers, session
-    from tests.custom_ops.cases import CASES, model_of
 
     if "CUDAExecutionProvider" not in available_providers():
         pytest.skip("this onnxruntime has no CUDA")
-    for op in ("QuantMatMul", "DynamicQuantizePerToken", "Hadamard"):
-        for dtype in ("float32", "float16"):
-            for case in CASES[op](dtype):
-                model = model_of(op, case)
-                made = session(model, ["cuda", "cpu"], library=True)
-                expected = case.reference(op)
-                for got, wanted in zip(made.run(None, case.inputs), expected, strict=True):
-                    with np.errstate(invalid="ignore"):
-                        close = np.isclose(
-                            got.astype(np.float64), wanted.astype(np.float64),
-                            rtol=2e-3, atol=2e-3, equal_nan=True,
-                        )  # fmt: skip
-                    assert close.all(), (op, dtype, case.name)
+    for kernel in custom_ops.kernels():
+        if kernel.provider != "CUDA" or kernel.dtype == "bfloat16":
+            continue
+        for case in CASES[kernel.op](kernel.dtype):
+            made = session(model_of(kernel.op, case), ["cuda", "cpu"], library=True)
+            expected = case.reference(kernel.op)
+            for got, wanted in zip(made.run(None, case.inputs), expected, strict=True):
+                with np.errstate(invalid="ignore"):
+                    close = np.isclose(
+                        got.astype(np.float64), wanted.astype(np.float64),
+                        rtol=2e-3, atol=2e-3, equal_nan=True,
+                    )  # fmt: skip
+                assert close.all(), (kernel, case.name)
+
+
+def test_operators_without_a_cuda_kernel_run_on_the_cpu_s() -> None:
+    """In the same session: both libraries' kernels lie in one domain."""
+    from onnxq.runtime import available_providers, session
+
+    if "CUDAExecutionProvider" not in available_providers():
+        pytest.skip("this onnxruntime has no CUDA")
+    case = next(iter(CASES["IntegerSoftmax"]("int32")))
+    made = session(model_of("IntegerSoftmax", case), ["cuda", "cpu"], library=True)
+    for got, wanted in zip(
+        made.run(None, case.inputs), case.reference("IntegerSoftmax"), strict=True
+    ):
+        assert np.array_equal(got, wanted)

@@ -17,19 +17,30 @@ import numpy as np
 import pytest
 
 from onnxq import custom_ops
+from onnxq.custom_ops.block_format import block_attributes
 from onnxq.custom_ops.cuda_calls import (
     HadamardArgs,
     MatrixProduct,
+    OutlierArgs,
+    Outliers,
     PerTokenArgs,
     Plan,
+    QuantizeBlockArgs,
     QuantMatMulArgs,
     Route,
     WeightKind,
 )
 from onnxq.custom_ops.packed_weight import PackedWeight
+from onnxq.formats import parse_format
 from onnxq.solvers.hadamard import hadamard_matrix
 from tests.cuda.emulation import BFLOAT16, Array, Emulation, exact, half_step
-from tests.custom_ops.cases import quantized_weight, same_bits
+from tests.custom_ops.cases import (
+    BLOCK_FORMATS,
+    CASES,
+    quantized_weight,
+    same_bits,
+    same_numbers,
+)
 
 FLOAT16 = np.dtype(np.float16)
 TYPES = (FLOAT16, BFLOAT16)
@@ -192,7 +203,10 @@ def test_every_code_decodes_exactly(emulation: Emulation, dtype: np.dtype[Any]) 
 
 
 def test_structs_are_those_of_the_c_interface(emulation: Emulation) -> None:
-    mirrored = (QuantMatMulArgs, PerTokenArgs, HadamardArgs, Plan, MatrixProduct)
+    mirrored = (
+        *(QuantMatMulArgs, PerTokenArgs, HadamardArgs, Plan, MatrixProduct, QuantizeBlockArgs),
+        *(OutlierArgs, Outliers),
+    )
     for which, struct in enumerate(mirrored):
         assert ctypes.sizeof(struct) == emulation.struct_bytes(which), struct
 
@@ -236,10 +250,29 @@ def test_hadamard(emulation: Emulation, dtype: np.dtype[Any]) -> None:
         (expected,) = reference(x.astype(np.float32), core, block=block, scale=scale)
         y, _ = emulation.hadamard(x, core, block, scale)
         assert same_bits(y, expected.astype(dtype)), (k, block, c)
-        q, scales = emulation.hadamard(x, core, block, scale, quantize=True)
-        expected_q, expected_scales = emulation.per_token(expected.astype(dtype))
-        assert same_bits(q, expected_q), (k, block, c)
-        assert same_bits(scales, expected_scales), (k, block, c)
+
+
+@pytest.mark.parametrize("dtype", [np.dtype(np.float32), *TYPES], ids=str)
+def test_hadamard_quantize(emulation: Emulation, dtype: np.dtype[Any]) -> None:
+    """The contract's cases and long rows: the reference's bits."""
+    reference = custom_ops.get("HadamardQuantize").reference
+    cases = [(case.inputs["x"], case.constants["core"], case.attributes)
+             for case in CASES["HadamardQuantize"]("float32")]  # fmt: skip
+    for k, block, c in HADAMARDS:
+        attributes = {"block": block, "scale": 1 / np.sqrt(block), "group": k}
+        cases.append((activations(3, k, dtype), hadamard_matrix(c).astype(np.float32), attributes))
+    for x, core, a in cases:
+        if x.size == 0:
+            continue
+        with np.errstate(all="ignore"):
+            rows = x.reshape(-1, x.shape[-1]).astype(dtype)
+        scale = float(np.float32(a["scale"]))
+        expected_q, expected_scales = reference(
+            rows.astype(np.float32), core, block=a["block"], scale=scale, group=a["group"]
+        )
+        q, scales = emulation.hadamard(rows, core, a["block"], scale, group=a["group"])
+        assert same_bits(q, expected_q), a
+        assert same_numbers(scales, expected_scales), a
 
 
 def args_of(m: int, n: int, k: int, group: int) -> QuantMatMulArgs:
@@ -277,3 +310,28 @@ def test_plans_fill_the_device_and_no_more(emulation: Emulation) -> None:
         assert plan.splits == 1 or stages // plan.splits >= 7  # each fills the pipeline
         assert plan.scratch_bytes == (plan.splits * m * n * 4 if plan.splits > 1 else 0)
         assert plan.shared_bytes <= 160 * 1024  # of a multiprocessor of sm_80
+
+
+@pytest.mark.parametrize("dtype", [np.dtype(np.float32), *TYPES], ids=str)
+def test_quantize_block(emulation: Emulation, dtype: np.dtype[Any]) -> None:
+    """The contract's cases, and rows of 16-byte words: the reference's bits."""
+    operator = custom_ops.get("QuantizeBlock")
+    rng = np.random.default_rng(7)
+    source = "float32" if dtype == np.float32 else "float16"
+    cases = [(case.inputs["x"], case.attributes) for case in CASES["QuantizeBlock"](source)]
+    for (name, group), k in itertools.product(BLOCK_FORMATS, (64, 256, 1024)):
+        x = rng.normal(size=(5, k)) * rng.lognormal(0, 3, size=(5, k))
+        x[1, 3], x[2, 40], x[3] = np.nan, np.inf, 0
+        cases.append((x, block_attributes(parse_format(name), group=group)))
+    vectors = 0
+    for x, attributes in cases:
+        if x.size == 0:
+            continue
+        with np.errstate(all="ignore"):
+            rows = x.reshape(-1, x.shape[-1]).astype(dtype)
+        (expected,) = operator.reference(rows, **attributes)
+        got = emulation.quantize_block(rows, attributes)
+        assert same_numbers(got.astype(np.float32), expected.astype(np.float32)), attributes
+        block = int(attributes["block"])
+        vectors += block > 0 and block % 8 == 0 and rows.shape[1] % block == 0
+    assert vectors > 20  # the kernel of 16-byte words took its share
