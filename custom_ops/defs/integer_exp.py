@@ -32,9 +32,9 @@ y = round(z · multiplier / 2^(shift + k))            (halves up; 0 where shift 
 
 With p4 = p3 = 0, p2 = 1 and no shifts, z is I-BERT's polynomial r(r + p1) + p0 and z · 2^(30 - k)
 its integer result; its requantization to 16 bits follows.
-`onnxq.solvers.integer_only.exp_constants` computes the attributes from S. For S <= 1e-3 the error
-is at most 2e-3 with I-BERT's polynomial, 5e-4 with degree 3 or 4; beyond, rounding ln 2 to whole
-steps adds about S / 4.
+`onnxq.solvers.integer_only.exp_constants` computes the attributes from S. The error is at most
+2e-3 with I-BERT's polynomial for S <= 1e-3; beyond, rounding ln 2 to whole steps adds up to S / 2,
+as it does to the 1e-4 of degree 3 and 4. Coarser x are to be shifted left first.
 
 - Positive x counts as 0.
 - Errors: ln2 is not from 1 to 65536; z is negative, or reaches 2^30, for some r; a product z · r

@@ -27,8 +27,8 @@ u8 or i16, whose type is that of `y: [..., N]`. GELU(v) = v/2 · (1 + erf(v/√2
 erf are those for inputs in steps of the scale of t over √2, and half the scale of erf goes into
 out_multiplier.
 
-Steps of t up to 1e-3 keep the error below 0.0185 with I-BERT's polynomial, below 0.0024 with
-degree 3 or 4, before rounding to 8 bits.
+Before rounding to 8 bits the error is at most 0.0185 with I-BERT's polynomial (2.5 steps of t where
+that is more), and 0.0024 with degree 3 or 4 for steps up to 1e-3 (beyond, 1.5 steps more).
 
 - Rounding is half up.
 - Errors: as of Requantize and IntegerErf; |one| plus the largest |erf| reaches 2^16.

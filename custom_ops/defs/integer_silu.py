@@ -31,6 +31,9 @@ y = clip(zero_point + round(t · g · out_multiplier / 2^out_shift), low, high)
 `x: [..., N]` i32 or i16; `bias`, `multiplier`, `shift`: `[N]` or `[1]` i32; `zero_point: []` i8,
 u8 or i16, whose type is that of `y: [..., N]`.
 
+Before rounding to 8 bits the error is at most 8e-4 with I-BERT's polynomial, 1.5e-4 with degree 3
+or 4, and 0.65 steps of t.
+
 - Rounding is half up, but that of g, which is down.
 - Errors: as of Requantize and IntegerExp.
 """

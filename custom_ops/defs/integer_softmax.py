@@ -27,6 +27,9 @@ y = min(⌊(⌊e · f / 2^(31 - bits)⌋ + 1) / 2⌋, 2^bits - 1)     rounding =
 `x + mask` is taken modulo 2^32; a masked position holds a number so low that its exponential is
 0. I-BERT always rounds down, which loses up to S · 2^-bits of the row's sum.
 
+With x in steps up to 1e-3 and 8 bits the error is at most 0.85 + S / 256 steps of 2^-8 to nearest,
+1.35 + S / 256 down: exponentials have 15 bits, and S of them may round alike.
+
 - A row whose positions are all masked alike is treated as if none were.
 - Errors: S = 0; the mask cannot be broadcast; `bits` is not from 1 to 8; exp(0) is 2^14 or less;
   as of IntegerExp.

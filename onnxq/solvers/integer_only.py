@@ -36,6 +36,12 @@ EXP_ONE = 32767
 MAX_LN2 = 1 << 16
 """ln 2 in steps of the input: bounds how fine the input of the exponential may be."""
 
+MAX_EXP_STEP = 1e-3
+"""The coarsest input for which I-BERT's exponential errs by no more than 2e-3."""
+
+MAX_ERF_STEP = 0.014
+"""The coarsest input for which erf keeps 14 bits."""
+
 MAX_BOUND = 1 << 15
 """The point from which erf is taken for 1, in steps of the input."""
 
@@ -48,11 +54,12 @@ _EXP = {
     3: (0.99994652, 0.99744131, 0.48074584, 0.11891659),
     4: (0.99999815, 0.99986325, 0.49837922, 0.15986967, 0.02966982),
 }
-# The clipping point b, then ascending powers of d = min(|x|, b) - b, for erf(|x|).
+# The clipping point b, then ascending powers of d = min(|x|, b) - b, for erf(|x|): 1 at b, so that
+# GELU(x) is x far out; 3 and 4 have the least error of GELU that leaves.
 _ERF = {
     2: (1.769, 1.0, 0.0, -0.2888),
-    3: (2.35, 1.00037006, 0.03441354, 0.09229729, 0.11469546),
-    4: (2.25, 0.99967891, 0.03649113, 0.09411725, 0.1418001, 0.00656128),
+    3: (2.32, 1.0, 0.03099217, 0.08366469, 0.11518057),
+    4: (2.3, 1.0, 0.0348676, 0.09251047, 0.12702646, 0.00284394),
 }
 _LN2 = 0.6931
 _SQRT2 = 1.4142
@@ -166,8 +173,21 @@ def min_exp_scale() -> float:
     return math.sqrt(c / a / MAX_VALUE) * (1 + 1e-9)
 
 
+def exp_refinement(scale: float) -> int:
+    """How often a step of ``scale`` is to be halved, by shifting inputs left, for ``MAX_EXP_STEP``.
+
+    An exponential of coarse inputs errs because its constants are whole steps, ln 2 first of all;
+    shifted inputs are the same numbers in finer steps.
+    """
+    return max(0, math.ceil(math.log2(scale / MAX_EXP_STEP)))
+
+
 def exp_constants(scale: float, degree: int = 2) -> ExpConstants:
     """Constants of the exponential for inputs in steps of ``scale``.
+
+    It errs by at most 2e-3 up to ``MAX_EXP_STEP`` (I-BERT's), 1e-4 and half a step with degree 3 or
+    4. Coarser inputs add half a step: ln 2 is too long by less than a step, which changes
+    ``exp(-k ln 2)`` by less than ``k / 2^k`` steps. :func:`exp_refinement` says what to do.
 
     Raises:
         UnsupportedError: ``UNSUPPORTED-SCALE-RANGE``, the step is too fine for 32 bits, or coarser
@@ -211,11 +231,11 @@ def erf_constants(scale: float, degree: int = 2, shift: int | None = None) -> Er
             coarse for erf.
     """
     clip, *ascending = _ERF[degree]
-    if not min_erf_scale(degree) <= scale <= clip / 8:
+    if not min_erf_scale(degree) <= scale <= MAX_ERF_STEP:
         raise UnsupportedError(
             "UNSUPPORTED-SCALE-RANGE",
             f"a step of {scale:.3g} in the input of erf is not between "
-            f"{min_erf_scale(degree):.3g} and {clip / 8:.3g}",
+            f"{min_erf_scale(degree):.3g} and {MAX_ERF_STEP:.3g}",
             "bring the input to another scale first",
         )
     bound = -math.floor(-clip / scale)

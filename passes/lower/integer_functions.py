@@ -11,7 +11,13 @@ import onnx_ir as ir
 
 from onnxq.graph.match import Activation, Norm
 from onnxq.passes.lower.integer_forms import Codes, Emitter, Form, Spec, Wide
-from onnxq.solvers.integer_only import dyadic, erf_constants, exp_constants, min_erf_scale
+from onnxq.solvers.integer_only import (
+    dyadic,
+    erf_constants,
+    exp_constants,
+    min_erf_scale,
+    min_exp_scale,
+)
 
 _TABLES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "tanh": np.tanh,
@@ -160,7 +166,7 @@ class FunctionLowering:
 
     def _silu(self, form: Form, amax: float, out: Spec | float, slope: float) -> Codes | Wide:
         # x sigmoid(slope x) is SiLU of slope x, over slope.
-        scale = max(amax * slope / 32767, 5.2e-5)
+        scale = max(amax * slope / 32767, min_exp_scale() * (1 + 1e-6))
         constants = exp_constants(scale, self.degree).attributes()
         constants["exp_multiplier"] = constants.pop("multiplier")
         constants["exp_shift"] = constants.pop("shift")

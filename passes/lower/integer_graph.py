@@ -7,14 +7,14 @@ a float has no integer form, and is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxq.errors import PreconditionError, UnsupportedError
-from onnxq.formats import affine_params
+from onnxq.errors import UnsupportedError
 from onnxq.graph.edit import replace_value
 from onnxq.graph.match import (
     Activation,
@@ -24,26 +24,14 @@ from onnxq.graph.match import (
     Norm,
     Structure,
 )
-from onnxq.graph.match.values import const_array, const_scalar, is_op, node_label, value_name
+from onnxq.graph.match.values import const_array, is_op, node_label, value_name
+from onnxq.passes.lower.integer_attention import AttentionLowering, RangeOf
 from onnxq.passes.lower.integer_forms import Acc, Codes, Emitter, Form, Spec, Wide
 from onnxq.passes.lower.integer_functions import FunctionLowering, Options
-from onnxq.passes.lower.integer_mask import MaskLowering
-from onnxq.passes.lower.weights import integer_format, quantize_weight, take_rounded, weight_as_read
+from onnxq.passes.lower.integer_linear import LinearLowering
+from onnxq.passes.lower.integer_nodes import MOVES, no_integer_form, source_of
 from onnxq.passes.plan import QuantPlan
 from onnxq.passes.weights.rounded import RoundedWeights
-from onnxq.solvers.integer_only import min_exp_scale
-
-MOVES = (
-    "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Flatten", "Slice", "Gather",
-    "Expand", "Split", "Dropout",
-)  # fmt: skip
-"""Operators that only move numbers: they run on integers as they are."""
-
-MAX_BIAS = 1 << 29
-"""A bias beyond would leave no room for the products; its column gets a coarser scale."""
-
-RangeOf = Callable[[str, bool], tuple[float, float]]
-"""(value, symmetric) -> the range that codes should cover."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +65,13 @@ class IntegerLowering:
     ) -> None:
         self._graph = model.graph
         self._structure = structure
-        self._plan = plan
-        self._rounded = rounded
         self._range_of = range_of
         self._emitter = Emitter(model, options.residual_bits)
-        self._masks = MaskLowering(self._emitter)
         self._functions = FunctionLowering(self._emitter, options)
+        self._linears = LinearLowering(self._emitter, plan, rounded)
+        self._attentions = AttentionLowering(
+            self._emitter, self._functions, structure.attentions, range_of
+        )
         self._forms: dict[ir.Value, Form] = {}
         self._roots: dict[ir.Node, Linear | Norm | Activation | Attention | Embedding] = {}
         self._inner: set[ir.Node] = set()
@@ -96,7 +85,7 @@ class IntegerLowering:
         for linear in found.linears:
             self._roots[linear.bias_add or linear.node] = linear
             self._inner.add(linear.node)
-            self._want(linear.x, self._planned(linear))
+            self._want(linear.x, self._linears.spec(linear))
         for norm in found.norms:
             self._roots[norm.root] = norm
             self._inner.update(norm.nodes)
@@ -106,7 +95,7 @@ class IntegerLowering:
         for attention in found.attentions:
             self._roots[attention.pv_matmul] = attention
             self._inner.update(attention.nodes)
-            for value, spec in self._attention_specs(attention):
+            for value, spec in self._attentions.specs(attention):
                 self._want(value, spec)
         for embedding in found.embeddings:
             self._roots[embedding.node] = embedding
@@ -115,45 +104,6 @@ class IntegerLowering:
         """``value`` will be read as ``spec`` says: so should be what it was moved from."""
         self._wanted.setdefault(source_of(value), {})[spec] = None
 
-    def _planned(self, linear: Linear) -> Spec:
-        """How a layer reads its input; uint8 codes whatever the plan says of the sign."""
-        name = str(linear.x.name)
-        planned = self._plan.values.get(name)
-        site = self._plan.sites.get(linear.name)
-        if planned is None or site is None or site.mode != "static":
-            why = self._plan.floats.get(linear.name, "no static plan")
-            raise PreconditionError(
-                "PASS-INTEGER-PLAN",
-                f"`integer-only`: layer `{linear.name}` is not planned in integers: {why}",
-                "put `assign{mode=static}` before, and leave no layer in float",
-            )
-        if planned.same_as is not None:
-            planned = self._plan.values[planned.same_as]
-        fmt = integer_format(planned.format)
-        if fmt.bits != 8:
-            raise PreconditionError(
-                "PASS-INTEGER-PLAN",
-                f"`integer-only`: layer `{linear.name}` reads {planned.format}, not 8 bits",
-                "put `assign{activations=uint8}` before",
-            )
-        scale, zero = affine_params(planned.lo, planned.hi, fmt, symmetric=planned.symmetric)
-        return Spec(float(scale), int(zero) + (128 if fmt.signed else 0))
-
-    def _symmetric(self, value: ir.Value, *, signed: bool) -> Spec:
-        """Codes about zero for what products of two activations read."""
-        lo, hi = self._range_of(value_name(source_of(value)), True)
-        scale = max(-lo, hi, 1e-6) / 127
-        return Spec(scale, 0, signed=True) if signed else Spec(scale, 128)
-
-    def _attention_specs(self, attention: Attention) -> Iterator[tuple[ir.Value, Spec]]:
-        q = self._symmetric(attention.q, signed=False)
-        k = self._symmetric(attention.k, signed=True)
-        # Scores finer than the exponential takes: coarser codes of q lose nothing that counts.
-        least = min_exp_scale() * (1 + 1e-6) / (k.scale * scale_after(attention))
-        yield attention.q, Spec(max(q.scale, least), q.zero)
-        yield attention.k, k
-        yield attention.v, self._symmetric(attention.v, signed=True)
-
     # The walk -------------------------------------------------------------------------------------
 
     def run(self) -> Iterator[Done]:
@@ -161,7 +111,8 @@ class IntegerLowering:
         for node in list(self._graph):
             match = self._roots.get(node)
             if match is not None:
-                yield from self._lower(node, match)
+                with naming(match.name):
+                    yield from self._lower(node, match)
             elif node not in self._inner:
                 yield from self._other(node)
         for output in list(self._graph.outputs):
@@ -226,36 +177,8 @@ class IntegerLowering:
     # Matches --------------------------------------------------------------------------------------
 
     def _linear(self, linear: Linear) -> Done:
-        site = self._plan.sites[linear.name]
-        if site.weight is None or site.weight.block or linear.kind == "conv":
-            raise no_integer_form(linear.node)
-        spec = self._planned(linear)
         form = self._form(linear.x, linear.name)
-        x = self._emitter.codes(form, spec)
-        array, in_axis, out_axis = weight_as_read(linear)
-        solved = self._rounded.get(site.site)
-        if solved is None:
-            weight = quantize_weight(array, site.weight, in_axis=in_axis, out_axis=out_axis)
-        else:
-            weight = take_rounded(solved, site.weight, in_axis=in_axis)
-        if weight.zero_point.any() or integer_format(site.weight.format).bits > 8:
-            raise PreconditionError(
-                "PASS-INTEGER-PLAN",
-                f"`integer-only`: the weight of `{linear.name}` is {site.weight.format}"
-                + (" with zero points" if weight.zero_point.any() else ""),
-                "plan symmetric weights of at most 8 bits",
-            )
-        codes = np.clip(weight.codes.astype(np.int64), -127, 127)
-        codes = codes.T if in_axis == 1 else codes
-        scale = np.broadcast_to(weight.scale.astype(np.float64), codes.shape[1]).copy()
-        bias = np.zeros(codes.shape[1]) if linear.b is None else linear.b.astype(np.float64)
-        codes, scale, offset = with_room_for_bias(codes, scale, bias, spec)
-        node = self._emitter.standard(
-            "MatMulInteger",
-            [x.value, self._emitter.constant(np.ascontiguousarray(codes, np.int8), "weight")],
-            dtype=ir.DataType.INT32,
-        )
-        self._forms[linear.output] = Acc(node.outputs[0], scale * spec.scale, offset)
+        self._forms[linear.output] = self._linears.lower(linear, form)
         return Done(linear.name, "MatMulInteger, uint8 by int8")
 
     def _norm(self, norm: Norm) -> Done:
@@ -278,42 +201,8 @@ class IntegerLowering:
         return Done(activation.name, f"integer {activation.kind}, degree {self._functions.degree}")
 
     def _attention(self, attention: Attention) -> Done:
-        (_, q_spec), (_, k_spec), (_, v_spec) = self._attention_specs(attention)
-        mask = self._mask(attention)
-        self._emitter.at(attention.pv_matmul, attention.name)
-        q = self._emitter.codes(self._form(attention.q, attention.name), q_spec)
-        k = self._emitter.codes(self._form(attention.k, attention.name), k_spec)
-        v = self._emitter.codes(self._form(attention.v, attention.name), v_spec)
-        zero = self._emitter.constant(q_spec.zero_array, "zero_point")
-        scores = self._emitter.standard(
-            "MatMulInteger", [q.value, k.value, zero], dtype=ir.DataType.INT32
-        )
-        scale = q_spec.scale * k_spec.scale * scale_after(attention)
-        probabilities = self._functions.softmax(scores.outputs[0], mask, scale)
-        context = self._emitter.standard(
-            "MatMulInteger", [probabilities.value, v.value], dtype=ir.DataType.INT32
-        )
-        worth = np.array([probabilities.spec.scale * v_spec.scale])
-        self._forms[attention.context] = Acc(context.outputs[0], worth, np.zeros(1, np.int32))
+        self._forms[attention.context] = self._attentions.lower(attention, self._form)
         return Done(attention.name, f"IntegerSoftmax, degree {self._functions.degree}")
-
-    def _mask(self, attention: Attention) -> ir.Value:
-        """The sum of all masks as an int32 addend; a zero where there is none."""
-        addends: list[ir.Value] = []
-        for node in attention.nodes[1:]:
-            if is_op(node, "Add") and node is not attention.pv_matmul:
-                other = [v for v in node.inputs if v in attention.addends]
-                addends += [self._masks.lower(v) for v in other]
-            elif is_op(node, "Where") and node.outputs[0] is not attention.probs:
-                scores_at = 1 if const_array(node.inputs[2]) is not None else 2
-                addends.append(self._masks.lower_condition(node, scores_at))
-        self._emitter.at(attention.pv_matmul, attention.name)
-        if not addends:
-            return self._emitter.constant(np.zeros(1, np.int32), "no_mask")
-        total = addends[0]
-        for addend in addends[1:]:
-            total = self._emitter.standard("Add", [total, addend]).outputs[0]
-        return total
 
     # Other nodes ----------------------------------------------------------------------------------
 
@@ -425,13 +314,20 @@ class IntegerLowering:
         return wanted[0] if len(wanted) == 1 else self._amax(output)
 
 
-def source_of(value: ir.Value) -> ir.Value:
-    """What ``value`` was moved from."""
-    node = value.producer()
-    while node is not None and is_op(node, *MOVES) and node.inputs[0] is not None:
-        value = node.inputs[0]
-        node = value.producer()
-    return value
+@contextmanager
+def naming(layer: str) -> Iterator[None]:
+    """Says of a scale that is out of range which layer it belongs to."""
+    try:
+        yield
+    except UnsupportedError as error:
+        if error.code != "UNSUPPORTED-SCALE-RANGE" or layer in error.cause:
+            raise
+        raise UnsupportedError(
+            error.code,
+            f"`integer-only`: layer `{layer}`: {error.cause}",
+            "its calibrated range is next to nothing, or enormous: look at the calibration data, "
+            "or quantize with `qdq`",
+        ) from error
 
 
 def scaled(form: Form, factor: np.ndarray) -> Form | None:
@@ -450,59 +346,6 @@ def scaled(form: Form, factor: np.ndarray) -> Form | None:
     if isinstance(form, Wide):
         return Acc(form.value, form.scale * factor, np.zeros(1, np.int32))
     return None
-
-
-def scale_after(attention: Attention) -> float:
-    """The factor between the product of q and k and the softmax."""
-    factor = 1.0
-    for node in attention.nodes[1:-1]:
-        if node is attention.softmax:
-            break
-        if is_op(node, "Mul", "Div"):
-            numbers = [c for c in map(const_scalar, node.inputs) if c is not None]
-            if len(numbers) != 1 or numbers[0] <= 0:
-                raise no_integer_form(node)
-            factor = factor * numbers[0] if is_op(node, "Mul") else factor / numbers[0]
-        elif not is_op(node, "Add", "Where", "Cast", "Identity", "Dropout"):
-            raise no_integer_form(node)
-    return factor
-
-
-def with_room_for_bias(
-    codes: np.ndarray, scale: np.ndarray, bias: np.ndarray, spec: Spec
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The bias at the scale of the products, the input's zero point taken off.
-
-    A column of tiny weights has so fine a scale that its bias would not fit into 32 bits; its codes
-    are made coarser.
-
-    Args:
-        codes: ``[K, N]`` int64.
-        scale: ``[N]`` of the columns.
-        bias: ``[N]``.
-        spec: of the input.
-
-    Returns:
-        codes, scale and the bias ``[N]`` int32.
-    """
-    least = np.abs(bias) / (spec.scale * MAX_BIAS)
-    coarser = np.maximum(scale, least)
-    moved = coarser > scale
-    if moved.any():
-        codes = codes.copy()
-        codes[:, moved] = np.rint(codes[:, moved] * (scale / coarser)[moved]).astype(np.int64)
-    offset = np.rint(bias / (coarser * spec.scale)).astype(np.int64) - spec.zero * codes.sum(axis=0)
-    return codes, coarser, offset.astype(np.int32)
-
-
-def no_integer_form(node: ir.Node, kind: str = "") -> UnsupportedError:
-    """The refusal of a node that integers cannot do."""
-    what = f"{node.op_type} ({kind})" if kind else node.op_type
-    return UnsupportedError(
-        "UNSUPPORTED-INTEGER-FORM",
-        f"`integer-only`: {what} `{node_label(node)}` has no integer form",
-        "quantize with `qdq`, which leaves such operators in float",
-    )
 
 
 def _table(embedding: Embedding) -> np.ndarray:

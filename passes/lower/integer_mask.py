@@ -2,7 +2,7 @@
 
 Exporters build masks from the integer ``attention_mask`` by float arithmetic that yields only 0 and
 one large negative number: ``(1 - mask) * -10000``, ``Where(mask, 0, -3.4e38)``, and so on. The
-same nodes are built again on int32, with every large negative constant replaced by ``MASKED``.
+same nodes are built again on int32, with every large negative constant replaced by one number.
 """
 
 from __future__ import annotations
@@ -13,9 +13,6 @@ import onnx_ir as ir
 from onnxq.errors import UnsupportedError
 from onnxq.graph.match.values import const_array, is_op, node_label, value_name
 from onnxq.passes.lower.integer_forms import Emitter
-
-MASKED = -(1 << 26)
-"""Below every score: 30 halvings and the range of the scores have 24 bits at most."""
 
 _LARGE = 1000.0
 """A constant this far below zero masks; scores of a trained model do not come near."""
@@ -35,10 +32,12 @@ class MaskLowering:
 
     Args:
         emitter: whose constants and names are used; nodes go right behind the originals.
+        masked: what is added to a score to mask it.
     """
 
-    def __init__(self, emitter: Emitter) -> None:
+    def __init__(self, emitter: Emitter, masked: int) -> None:
         self._emitter = emitter
+        self._masked = masked
         self._done: dict[ir.Value, ir.Value] = {}
 
     def lower(self, mask: ir.Value) -> ir.Value:
@@ -59,7 +58,7 @@ class MaskLowering:
             raise _no_mask(node, "it puts numbers in the place of scores that do not mask")
         lowered = self._lower(condition)
         keep = self._emitter.constant(np.array(0, np.int32), "keep")
-        drop = self._emitter.constant(np.array(MASKED, np.int32), "masked")
+        drop = self._emitter.constant(np.array(self._masked, np.int32), "masked")
         branches = [keep, drop] if scores_at == 1 else [drop, keep]
         return self._behind(node, "Where", [lowered, *branches], {})
 
@@ -100,7 +99,7 @@ class MaskLowering:
                 f"`{value_name(value)}` is added to attention scores and is no mask",
                 "only masks of 0 and one large negative number have an integer form",
             )
-        codes = np.where(masked, MASKED, wide).astype(np.int32)
+        codes = np.where(masked, self._masked, wide).astype(np.int32)
         return self._emitter.constant(codes, "mask")
 
     def _cast(self, node: ir.Node, value: ir.Value) -> ir.Value:

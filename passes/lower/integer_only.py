@@ -16,7 +16,8 @@ from onnxq.passes.contract import Context, Pass, PassReport
 from onnxq.passes.decide.calibrate import RANGE_RULE
 from onnxq.passes.keys import PLAN, ROUNDED, STATISTICS
 from onnxq.passes.lower.integer_functions import Options
-from onnxq.passes.lower.integer_graph import IntegerLowering, no_integer_form, source_of
+from onnxq.passes.lower.integer_graph import IntegerLowering
+from onnxq.passes.lower.integer_nodes import no_integer_form, source_of
 from onnxq.passes.lower.qdq import forget_shapes
 from onnxq.passes.lower.weights import integer_format
 from onnxq.passes.weights.rounded import RoundedWeights

@@ -9,12 +9,14 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from onnxq.custom_ops.integer_check import check_integer_only
 from onnxq.errors import OnnxqError, SpecError
 from onnxq.passes.decide.assign import Assign
 from onnxq.passes.decide.calibrate import Calibrate
 from onnxq.passes.lower.integer_only import IntegerOnly
 from onnxq.passes.prepare.canonicalize import Canonicalize
 from onnxq.runtime import session
+from onnxq.solvers.integer_only import MAX_EXP_STEP
 from tests.passes import helpers as h
 
 D, HEADS, TABLE = 32, 2, 600
@@ -26,6 +28,8 @@ def encoder(
     *,
     norm: str = "LayerNormalization <epsilon = 1e-12>",
     extra: str = "",
+    root: float = (D / HEADS) ** 0.5,
+    up: float = 0.3,
 ) -> ir.Model:
     """Embedding, masked attention of two heads, MLP and two norms, on random weights."""
     beta = ", b{}" if norm.startswith("Layer") else ""
@@ -75,11 +79,11 @@ def encoder(
         return (rng.normal(size=shape) * scale).astype(np.float32)
 
     weights = {"table": normal(TABLE, D), "one": np.float32(1), "low": np.float32(-10000)}
-    weights |= {"root": np.float32(np.sqrt(D / HEADS)), "half": np.float32(0.37)}
+    weights |= {"root": np.float32(root), "half": np.float32(0.37)}
     weights["zero"] = np.float32(0)
     for name, rows, columns in (("q", D, D), ("k", D, D), ("v", D, D), ("o", D, D)):
         weights[f"w{name}"] = normal(rows, columns, scale=rows**-0.5)
-    weights["wi"], weights["wd"] = normal(D, 4 * D, scale=0.3), normal(4 * D, D, scale=0.1)
+    weights["wi"], weights["wd"] = normal(D, 4 * D, scale=up), normal(4 * D, D, scale=0.1)
     for name, width in (("q", D), ("o", D), ("i", 4 * D), ("d", D)):
         weights[f"b{name}"] = normal(width, scale=0.3)
     for i in range(3):
@@ -155,13 +159,50 @@ def test_the_same_bits_with_kernels_bodies_threads_and_splits() -> None:
         assert (outputs(made, part, library=True)[0] == body[row]).all()
 
 
-def test_padding_changes_no_bit() -> None:
-    made = lowered(encoder())
+SHARP = 0.4
+"""A divisor of the scores whose step is then coarser than the exponential takes."""
+
+
+@pytest.mark.parametrize("root", [4.0, SHARP])
+def test_padding_changes_no_bit(root: float) -> None:
+    made = lowered(encoder(root=root))
     ids = np.random.default_rng(2).integers(0, TABLE, size=(1, 9))
     short = {"ids": ids, "attention_mask": np.ones((1, 9), np.int64)}
     padded = {name: np.pad(array, ((0, 0), (0, 5))) for name, array in short.items()}
     got = outputs(made, padded, library=True)
     assert (got[:, :9] == outputs(made, short, library=True)).all()
+
+
+def _exp_steps(model: ir.Model) -> list[float]:
+    """What the steps of the exponentials are worth, by their ln 2."""
+    softmax = [n for n in model.graph if n.op_type == "IntegerSoftmax"]
+    return [0.6931 / n.attributes["ln2"].as_int() for n in softmax]
+
+
+def test_coarse_scores_are_refined_before_the_exponential() -> None:
+    fed = feeds(9)[8]
+    real = fed["attention_mask"].astype(bool)
+    exact = h.run(encoder(root=SHARP), fed)["y"]
+    made, plain = lowered(encoder(root=SHARP)), lowered(encoder())
+    assert h.ops(plain)["Mul"] == h.ops(made)["Mul"] - 1
+    assert max(_exp_steps(made) + _exp_steps(plain)) <= MAX_EXP_STEP
+    body = outputs(made, fed, library=False)
+    assert h.cosine(body[real], exact[real]) > 0.98
+    assert (outputs(made, fed, library=True) == body).all()
+    assert check_integer_only(made, max_extent=64).worst is not None
+
+
+@pytest.mark.parametrize(
+    ("made", "named"),
+    [
+        ({"root": 1e-3}, "attention `p`: scores of 16 products"),
+        ({"up": 900.0}, "layer `g`: a step of"),
+    ],
+)
+def test_ranges_out_of_reach_are_refused_by_name(made: dict[str, float], named: str) -> None:
+    with pytest.raises(OnnxqError, match=named) as caught:
+        lowered(encoder(**made))  # type: ignore[arg-type]
+    assert caught.value.code == "UNSUPPORTED-SCALE-RANGE"
 
 
 @pytest.mark.parametrize(
