@@ -8,13 +8,21 @@ anywhere but at the two ends, and an operator of unknown meaning are refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxq.custom_ops.registry import DOMAIN
+from onnxq.custom_ops.integer_bounds import (
+    Interval,
+    combined,
+    erf_range,
+    exp_range,
+    interval,
+    of_constant,
+)
+from onnxq.custom_ops.integer_report import IntegerReport, Row
+from onnxq.custom_ops.registry import DOMAIN, get
 from onnxq.errors import PreconditionError
 from onnxq.graph.match.values import (
     attr_int,
@@ -43,69 +51,15 @@ _BOOLEAN = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Interval:
-    """What a value can hold: ``lo <= x <= hi``, for all or for each column of the last axis."""
-
-    lo: Array
-    hi: Array
-
-    @property
-    def extremes(self) -> tuple[int, int]:
-        """The least and the largest of all columns."""
-        return int(self.lo.min()), int(self.hi.max())
-
-
-def _interval(lo: int, hi: int) -> Interval:
-    return Interval(np.array([lo], object), np.array([hi], object))
-
-
-@dataclass(frozen=True)
-class Row:
-    """One integer operator.
-
-    Args:
-        node: its name.
-        op: its type.
-        dtype: of its first output.
-        scale: worth of a step of the output; None where nobody wrote it down.
-        lo, hi: what the output can hold.
-        accumulator: the largest magnitude of its sum of products, or of its sum with a bias.
-    """
-
-    node: str
-    op: str
-    dtype: str
-    scale: float | None
-    lo: int
-    hi: int
-    accumulator: int | None
-
-
-@dataclass
-class IntegerReport:
-    """What the proof found."""
-
-    rows: list[Row] = field(default_factory=list)
-    quantize: int = 0
-    dequantize: int = 0
-
-    @property
-    def worst(self) -> Row | None:
-        """The operator whose sum can come closest to overflowing."""
-        sums = [row for row in self.rows if row.accumulator is not None]
-        return max(sums, key=lambda row: row.accumulator or 0, default=None)
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON-serialisable."""
-        worst = self.worst
-        return {
-            "integer_only": True,
-            "quantize": self.quantize,
-            "dequantize": self.dequantize,
-            "operators": [vars(row) for row in self.rows],
-            "worst_accumulator": None if worst is None else vars(worst),
-        }
+_LIMITS = {
+    "ln2": (1, 1 << 16),
+    "bound": (1, 1 << 15),
+    "erf_shift": (0, 31),
+    **dict.fromkeys(("multiplier", "exp_multiplier"), (1, INT32[1])),
+    **dict.fromkeys(("shift", "exp_shift"), (14, 46)),
+    **{f"s{i}": (0, 31) for i in range(4)},
+}
+"""What the operators with a polynomial take, where it is less than int32."""
 
 
 def check_integer_only(model: ir.Model, *, max_extent: int | None = None) -> IntegerReport:
@@ -133,15 +87,15 @@ class _Prover:
         self._report = IntegerReport()
         self._own: Mapping[str, Callable[[ir.Node], tuple[Interval, int | None]]] = {
             "Requantize": lambda n: (self._limits(n), self._biased(n)),
-            "IntegerGelu": lambda n: (self._limits(n), self._biased(n)),
-            "IntegerSilu": lambda n: (self._limits(n), self._biased(n)),
+            "IntegerGelu": self._gelu,
+            "IntegerSilu": self._silu,
             "IntegerAdd": lambda n: (self._limits(n), self._biased(n)),
             "IntegerEmbedding": lambda n: (self._limits(n), None),
             "IntegerLayerNorm": lambda n: (self._limits(n), None),
             "IntegerRmsNorm": lambda n: (self._limits(n), None),
-            "IntegerExp": lambda _: (_interval(0, 32767), None),
-            "IntegerErf": lambda _: (_interval(-(1 << 16), 1 << 16), None),
-            "IntegerSqrt": lambda _: (_interval(0, (1 << 31) - 1), None),
+            "IntegerExp": lambda n: (self._exp(n), None),
+            "IntegerErf": lambda n: (self._erf(n), None),
+            "IntegerSqrt": lambda _: (interval(0, (1 << 31) - 1), None),
             "IntegerSoftmax": self._softmax,
         }
 
@@ -181,12 +135,12 @@ class _Prover:
             array = const_array(value)
             dtype = self._dtype(value)
             if array is not None and array.dtype.kind in "iub" and array.size:
-                self._intervals[value] = _of_constant(array)
+                self._intervals[value] = of_constant(array)
             elif dtype == ir.DataType.BOOL:
-                self._intervals[value] = _interval(0, 1)
+                self._intervals[value] = interval(0, 1)
             elif dtype is not None and dtype.is_integer():
                 info = np.iinfo(dtype.numpy())
-                self._intervals[value] = _interval(int(info.min), int(info.max))
+                self._intervals[value] = interval(int(info.min), int(info.max))
             else:
                 raise _unknown(value.producer(), f"nothing is known of `{value_name(value)}`")
         return self._intervals[value]
@@ -209,23 +163,23 @@ class _Prover:
         elif floats:
             raise _float(node, floats[0])
         elif op_domain(node) == DOMAIN and node.op_type in self._own:
-            interval, accumulator = self._own[node.op_type](node)
-            self._write(node, self._dtype_of_own(node), interval)
+            made, accumulator = self._own[node.op_type](node)
+            self._write(node, self._dtype_of_own(node), made)
             self._record(node, accumulator)
         elif is_op(node, "MatMulInteger"):
-            interval = self._product(node)
-            self._write(node, ir.DataType.INT32, interval)
-            self._record(node, max(map(abs, interval.extremes)))
+            made = self._product(node)
+            self._write(node, ir.DataType.INT32, made)
+            self._record(node, max(map(abs, made.extremes)))
         elif op_domain(node) == "":
             self._standard(node)
         else:
             raise _unknown(node, "it is none of the operators that are known to be integer")
 
-    def _write(self, node: ir.Node, dtype: ir.DataType, interval: Interval | None = None) -> None:
+    def _write(self, node: ir.Node, dtype: ir.DataType, made: Interval | None = None) -> None:
         for output in node.outputs:
             self._dtypes[output] = dtype
-            if interval is not None:
-                self._intervals[output] = interval
+            if made is not None:
+                self._intervals[output] = made
 
     def _record(self, node: ir.Node, accumulator: int | None) -> None:
         output = node.outputs[0]
@@ -243,13 +197,8 @@ class _Prover:
                 accumulator,
             )
         )
-        if accumulator is not None and accumulator > INT32[1]:
-            raise PreconditionError(
-                "CHECK-INTEGER-OVERFLOW",
-                f"{node.op_type} `{node_label(node)}`: its sum can reach {accumulator:,}, beyond "
-                f"int32's {INT32[1]:,}",
-                "quantize the layer with fewer bits, or bound the extents with --max-extent",
-            )
+        if accumulator is not None:
+            _within_int32(node, "its sum", accumulator)
 
     def _dtype_of_own(self, node: ir.Node) -> ir.DataType:
         typed = {"Requantize": 4, "IntegerGelu": 4, "IntegerSilu": 4}.get(node.op_type)
@@ -294,7 +243,7 @@ class _Prover:
         dtype = self._dtype(source)
         if dtype is None:
             raise _unknown(node, "the type of its input is not known")
-        self._write(node, dtype, _interval(*self._range(source).extremes))
+        self._write(node, dtype, interval(*self._range(source).extremes))
 
     def _arithmetic(self, node: ir.Node) -> None:
         values = [v for v in node.inputs if v is not None]
@@ -302,12 +251,20 @@ class _Prover:
         dtype = next((d for d in map(self._dtype, values) if d is not None), None)
         if dtype is None:
             raise _unknown(node, "the types of its inputs are not known")
-        if dtype == ir.DataType.INT64:  # shapes
+        if dtype in (ir.DataType.INT64, ir.DataType.BOOL):  # shapes and conditions
             self._write(node, dtype)
             return
         ranges = [self._range(v).extremes for v in values]
-        lo, hi = _combined(node, ranges)
-        self._write(node, dtype, _interval(lo, hi))
+        lo, hi = combined(node.op_type, ranges)
+        info = np.iinfo(dtype.numpy())
+        if dtype != ir.DataType.INT32 and (lo < info.min or hi > info.max):
+            raise PreconditionError(
+                "CHECK-INTEGER-OVERFLOW",
+                f"{node.op_type} `{node_label(node)}`: it can reach from {lo:,} to {hi:,}, beyond "
+                f"{dtype.name.lower()}",
+                "compute it in int32",
+            )
+        self._write(node, dtype, interval(lo, hi))
         if is_op(node, "Add", "Sub", "Mul") and dtype == ir.DataType.INT32:
             self._record(node, max(abs(lo), abs(hi)))
 
@@ -327,7 +284,7 @@ class _Prover:
         right = self._shifted(node, 1, 3)
         products = [a * b for a in left for b in right]
         extent = self._extent(node)
-        return _interval(min(0, extent * min(products)), max(0, extent * max(products)))
+        return interval(min(0, extent * min(products)), max(0, extent * max(products)))
 
     def _shifted(self, node: ir.Node, at: int, zero_at: int) -> tuple[int, int]:
         lo, hi = self._range(node.inputs[at]).extremes
@@ -360,40 +317,62 @@ class _Prover:
         x, bias = self._range(node.inputs[0]), self._range(node.inputs[1])
         if x.lo.size != bias.lo.size and 1 not in (x.lo.size, bias.lo.size):
             (x_lo, x_hi), (b_lo, b_hi) = x.extremes, bias.extremes
-            x, bias = _interval(x_lo, x_hi), _interval(b_lo, b_hi)
+            x, bias = interval(x_lo, x_hi), interval(b_lo, b_hi)
         lo, hi = x.lo + bias.lo, x.hi + bias.hi
         return max(abs(int(lo.min())), abs(int(hi.max())))
 
     def _limits(self, node: ir.Node) -> Interval:
-        return _interval(attr_int(node, "low", 0), attr_int(node, "high", 0))
+        return interval(attr_int(node, "low", 0), attr_int(node, "high", 0))
+
+    def _exp(self, node: ir.Node, prefix: str = "") -> Interval:
+        lo, hi, reach = exp_range(_integers(node), prefix)
+        _within_int32(node, "its polynomial", reach)
+        return interval(lo, hi)
+
+    def _erf(self, node: ir.Node) -> Interval:
+        lo, hi, reach = erf_range(_integers(node))
+        _within_int32(node, "its polynomial", reach)
+        return interval(lo, hi)
+
+    def _gelu(self, node: ir.Node) -> tuple[Interval, int]:
+        largest = max(map(abs, self._erf(node).extremes)) + abs(attr_int(node, "one", 0))
+        _within_int32(node, "its product with erf", 32767 * largest)
+        return self._limits(node), self._biased(node)
+
+    def _silu(self, node: ir.Node) -> tuple[Interval, int]:
+        self._exp(node, "exp_")
+        return self._limits(node), self._biased(node)
 
     def _softmax(self, node: ir.Node) -> tuple[Interval, int]:
+        self._exp(node)
         x, mask = (self._range(v).extremes for v in node.inputs[:2])
         reach = max(abs(x[0] + mask[0]), abs(x[1] + mask[1]))
-        return _interval(0, (1 << attr_int(node, "bits", 8)) - 1), reach
+        return interval(0, (1 << attr_int(node, "bits", 8)) - 1), reach
 
 
-def _of_constant(array: Array) -> Interval:
-    """Column by column for what has columns, else over all."""
-    wide = array.astype(object) if array.dtype != bool else array.astype(np.int64).astype(object)
-    if wide.ndim == 1:
-        return Interval(wide, wide)
-    return _interval(int(array.min()), int(array.max()))
+def _integers(node: ir.Node) -> dict[str, int]:
+    """The node's attributes, as its operator takes them."""
+    made = {}
+    for attribute in get(node.op_type).attributes:
+        given = node.attributes.get(attribute.name)
+        least, most = _LIMITS.get(attribute.name, INT32)
+        if given is None or given.type != ir.AttributeType.INT:
+            raise _unknown(node, f"its attribute {attribute.name} is missing")
+        made[attribute.name] = given.as_int()
+        if not least <= made[attribute.name] <= most:
+            why = f"{attribute.name} = {made[attribute.name]} is not from {least} to {most}"
+            raise _unknown(node, why)
+    return made
 
 
-def _combined(node: ir.Node, ranges: list[tuple[int, int]]) -> tuple[int, int]:
-    """The interval of an elementwise operator."""
-    (a, b), (c, d) = ranges[0], ranges[-1]
-    if node.op_type == "Add":
-        return a + c, b + d
-    if node.op_type == "Sub":
-        return a - d, b - c
-    if node.op_type == "Mul":
-        products = (a * c, a * d, b * c, b * d)
-        return min(products), max(products)
-    if node.op_type in ("Div", "Mod"):
-        return min(a, -abs(b), -abs(d)), max(b, abs(a), abs(d))
-    return min(lo for lo, _ in ranges), max(hi for _, hi in ranges)
+def _within_int32(node: ir.Node, what: str, reach: int) -> None:
+    if reach > INT32[1]:
+        raise PreconditionError(
+            "CHECK-INTEGER-OVERFLOW",
+            f"{node.op_type} `{node_label(node)}`: {what} can reach {reach:,}, beyond int32's "
+            f"{INT32[1]:,}",
+            "quantize the layer with fewer bits, or bound the extents with --max-extent",
+        )
 
 
 def _float(node: ir.Node | None, value: ir.Value | None) -> PreconditionError:

@@ -169,10 +169,10 @@ ort::OrtStatus* IntegerEmbedding<type>::Compute(const Api& api,
   const int64_t count = CountElements(indices.shape);
   const auto* const at = static_cast<const int64_t*>(indices.data);
   for (int64_t i = 0; i < count; ++i)
-    if (at[i] < 0 || at[i] >= rows)
-      return Error(
-          api, kName,
-          "index " + std::to_string(at[i]) + " is not from 0 to " + std::to_string(rows - 1));
+    if (at[i] < -rows || at[i] >= rows)
+      return Error(api, kName,
+                   "index " + std::to_string(at[i]) + " is not from " + std::to_string(-rows) +
+                       " to " + std::to_string(rows - 1));
   std::vector<int64_t> shape = indices.shape;
   shape.push_back(width);
   void* output = nullptr;
@@ -185,13 +185,14 @@ ort::OrtStatus* IntegerEmbedding<type>::Compute(const Api& api,
   return ParallelFor(api, context, static_cast<size_t>(tasks), [&](size_t task) {
     const int64_t last = std::min(count, (static_cast<int64_t>(task) + 1) * per_task);
     for (int64_t i = static_cast<int64_t>(task) * per_task; i < last; ++i) {
+      const int64_t row = at[i] < 0 ? at[i] + rows : at[i];
       Rescale how = how_;
-      how.multiplier = factors[at[i]];
+      how.multiplier = factors[row];
       for (int64_t column = 0; column < width; column += kIntegerBlock) {
         const int64_t n = std::min(kIntegerBlock, width - column);
         int32_t wide[kIntegerBlock];
         int32_t scaled[kIntegerBlock];
-        kernels_->widen8(codes + at[i] * width + column, n, wide);
+        kernels_->widen8(codes + row * width + column, n, wide);
         kernels_->rescale(wide, n, how, scaled);
         kernels_->narrow16(scaled, n, y + i * width + column);
       }

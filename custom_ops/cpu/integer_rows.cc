@@ -155,8 +155,10 @@ ort::OrtStatus* IntegerSoftmax<type>::Compute(const Api& api,
   InputTensor mask;
   ONNXQ_RETURN_IF_ERROR(GetInput(api, context, 0, &x));
   ONNXQ_RETURN_IF_ERROR(GetInput(api, context, 1, &mask));
-  const int64_t width = x.shape.empty() ? 0 : x.shape.back();
-  if (width < 1) return Error(api, kName, "x has no columns");
+  const std::vector<int64_t> outer(x.shape.begin(), x.shape.end() - !x.shape.empty());
+  if (x.shape.empty() || (x.shape.back() == 0 && CountElements(outer) > 0))
+    return Error(api, kName, "x has rows without columns");
+  const int64_t width = std::max<int64_t>(x.shape.back(), 1);
   MaskRows rows;
   if (!rows.Build(mask.shape, x.shape))
     return Error(api, kName, "the mask cannot be broadcast to x");

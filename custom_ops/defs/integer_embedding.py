@@ -19,10 +19,11 @@ Looks up rows of an 8-bit table and brings them, each with a factor of its own, 
 y[..., :] = clip(round(table[i, :] · multiplier[i] / 2^shift), low, high),   i = indices[...]
 ```
 
-`indices: [...]` i64, from 0 on; `table: [V, D]` i8; `multiplier: [V]` i32; `y: [..., D]` i16.
+`indices: [...]` i64; `table: [V, D]` i8; `multiplier: [V]` i32; `y: [..., D]` i16.
 
+- Indices below 0 count from the end.
 - Rounding is half up.
-- Errors: an index is not from 0 to V - 1; the multiplier has not V elements; the shift is not
+- Errors: an index is not from -V to V - 1; the multiplier has not V elements; the shift is not
   from 1 to 62.
 """
 

@@ -31,8 +31,8 @@ With x in steps up to 1e-3 and 8 bits the error is at most 0.85 + S / 256 steps 
 1.35 + S / 256 down: exponentials have 15 bits, and S of them may round alike.
 
 - A row whose positions are all masked alike is treated as if none were.
-- Errors: S = 0; the mask cannot be broadcast; `bits` is not from 1 to 8; exp(0) is 2^14 or less;
-  as of IntegerExp.
+- Errors: rows without columns; the mask cannot be broadcast; `bits` is not from 1 to 8; exp(0) is
+  2^14 or less; as of IntegerExp.
 """
 
 _INT32 = onnx.TensorProto.INT32
@@ -108,7 +108,7 @@ def _build_function() -> onnx.FunctionProto:
 def reference(x: Array, mask: Array, **attributes: int) -> tuple[Array]:
     """See the operator's documentation."""
     d = wrap32(x.astype(np.int64) + mask)
-    e = exponential(d - d.max(axis=-1, keepdims=True), attributes)
+    e = exponential(d - d.max(axis=-1, keepdims=True, initial=-(1 << 31)), attributes)
     factor = (1 << 32) // e.sum(axis=-1, keepdims=True)
     bits = attributes["bits"]
     rounded = ((e * factor >> (31 - bits)) + attributes["rounding"]) >> 1

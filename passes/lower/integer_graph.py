@@ -24,7 +24,14 @@ from onnxq.graph.match import (
     Norm,
     Structure,
 )
-from onnxq.graph.match.values import const_array, is_op, node_label, value_name
+from onnxq.graph.match.values import (
+    const_array,
+    is_op,
+    last_dim,
+    node_label,
+    static_shape,
+    value_name,
+)
 from onnxq.passes.lower.integer_attention import AttentionLowering, RangeOf
 from onnxq.passes.lower.integer_forms import Acc, Codes, Emitter, Form, Spec, Wide
 from onnxq.passes.lower.integer_functions import FunctionLowering, Options
@@ -114,7 +121,8 @@ class IntegerLowering:
                 with naming(match.name):
                     yield from self._lower(node, match)
             elif node not in self._inner:
-                yield from self._other(node)
+                with naming(node_label(node)):
+                    yield from self._other(node)
         for output in list(self._graph.outputs):
             if output in self._forms:
                 self._dequantize(output)
@@ -185,15 +193,14 @@ class IntegerLowering:
         if norm.skip is not None:
             raise no_integer_form(norm.root)
         form = self._form(norm.x, norm.name)
-        wide = self._emitter.wide(form, self._amax(norm.x))
-        self._forms[norm.output] = self._functions.norm(norm, wide, self._amax(norm.output))
+        wide = self._wide(norm.x, form)
+        self._forms[norm.output] = self._functions.norm(norm, wide, self._reach(norm.output))
         return Done(norm.name, "integer " + norm.kind)
 
     def _activation(self, activation: Activation) -> Done:
         form = self._form(activation.x, activation.name)
-        amax = self._amax(activation.x)
         made = self._functions.activation(
-            activation, form, amax, self._output_spec(activation.output)
+            activation, form, self._reach(activation.x), self._output_spec(activation.output)
         )
         if made is None:
             raise no_integer_form(activation.root, activation.kind)
@@ -214,7 +221,7 @@ class IntegerLowering:
             if len(wanted) == 1:
                 form = self._emitter.codes(form, wanted[0])
             else:
-                form = self._emitter.wide(form, self._amax(value))
+                form = self._wide(value, form)
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
         inputs = [form.value, *node.inputs[1:]]
         made = self._emitter.standard(
@@ -232,14 +239,16 @@ class IntegerLowering:
         assert first is not None
         assert second is not None
         output = node.outputs[0]
-        amax = self._amax(output)
+        amax = self._reach(output)
         forms = [self._addend(v, node) for v in (first, second)]
         sum_is_second = not isinstance(forms[0], Acc) and isinstance(forms[1], Acc)
         if sum_is_second or (_repeats(first) and not _repeats(second)):
             forms.reverse()
             first, second = second, first
         left, right = forms
-        wide = self._emitter.wide(right, self._amax(second))
+        if not _repeats_rows(second, output):
+            raise no_integer_form(node)
+        wide = self._wide(second, right)
         self._forms[output] = self._functions.add(left, wide, amax)
         return Done(node_label(node), "IntegerAdd")
 
@@ -249,7 +258,12 @@ class IntegerLowering:
             return self._form(value, node_label(node))
         wide = np.asarray(array, np.float64)
         scale = max(float(np.abs(wide).max(initial=0.0)), 1e-6) / 32767
-        codes = np.rint(wide / scale).astype(np.int16)
+        codes = np.asarray(np.rint(wide / scale), np.int16)
+        columns = last_dim(node.outputs[0])
+        if codes.shape[-1:] != (columns,):
+            if columns is None or codes.shape[-1:] not in ((), (1,)):
+                raise no_integer_form(node)
+            codes = np.broadcast_to(codes, (*codes.shape[:-1], columns)).copy()
         return Wide(self._emitter.constant(codes, "addend"), scale)
 
     def _scale(self, node: ir.Node) -> bool:
@@ -262,6 +276,8 @@ class IntegerLowering:
             if columns.ndim > 1 and columns.shape[-1] != columns.size:
                 return False
             columns = columns.reshape(-1)
+            if columns.size > 1 and last_dim(value) not in (None, columns.size):
+                return False
             if is_op(node, "Div"):
                 columns = 1 / columns
             form = scaled(self._forms[value], columns)
@@ -302,16 +318,19 @@ class IntegerLowering:
 
     # Ranges ---------------------------------------------------------------------------------------
 
-    def _amax(self, value: ir.Value) -> float:
-        if value in self._forms and isinstance(self._forms[value], Wide):
-            return 0.0  # it is wide already, its range is known
+    def _wide(self, value: ir.Value, form: Form) -> Wide:
+        """The form of ``value`` in 16 bits."""
+        return form if isinstance(form, Wide) else self._emitter.wide(form, self._reach(value))
+
+    def _reach(self, value: ir.Value) -> float:
+        """The calibrated magnitude."""
         lo, hi = self._range_of(value_name(value), True)
         return max(-lo, hi)
 
     def _output_spec(self, output: ir.Value) -> Spec | float:
         """How the readers of an activation want it; its largest magnitude if they differ."""
         wanted = list(self._wanted.get(output, {}))
-        return wanted[0] if len(wanted) == 1 else self._amax(output)
+        return wanted[0] if len(wanted) == 1 else self._reach(output)
 
 
 @contextmanager
@@ -352,6 +371,17 @@ def _table(embedding: Embedding) -> np.ndarray:
     array = const_array(embedding.table)
     assert array is not None
     return np.asarray(array, np.float32)
+
+
+def _repeats_rows(value: ir.Value, total: ir.Value) -> bool:
+    """Whether broadcasting ``value`` to ``total`` repeats it as a whole, as far as shapes tell."""
+    own, whole = static_shape(value), static_shape(total)
+    if own is None or whole is None:
+        return True
+    axes = list(zip(own, whole[len(whole) - len(own) :], strict=True))
+    while axes and axes[0][0] == 1:
+        axes.pop(0)
+    return all(extent != 1 or wanted == 1 for extent, wanted in axes)
 
 
 def _repeats(value: ir.Value) -> bool:

@@ -72,6 +72,8 @@ def test_a_bias_that_can_overflow_is_refused() -> None:
         ("g (float[M] x) => (float[M] y) { y = Relu (x) }", "CHECK-INTEGER-FLOAT", "Relu"),
         ("g (int32[M] x) => (int32[M] y) { y = Abs (x) }", "CHECK-INTEGER-OPERATOR", "Abs"),
         ("g (int32[M] x) => (int32[M] y) { y = Add (x, x) }", "CHECK-INTEGER-OVERFLOW", "Add"),
+        ("g (int16[M] x) => (int16[M] y) { y = Mul (x, x) }", "CHECK-INTEGER-OVERFLOW", "int16"),
+        ("g (uint8[M] x) => (uint8[M] y) { y = Sub (x, x) }", "CHECK-INTEGER-OVERFLOW", "uint8"),
         ("g (int64[M] x) => (int64[M] y) { y = Identity (x) }", "CHECK-INTEGER-OPERATOR", "no"),
         (
             "g (uint8[B,M,K] x, int8[B,K,N] z) => (int32[B,M,N] y) { y = MatMulInteger (x, z) }",
@@ -92,14 +94,63 @@ def test_a_dynamic_extent_is_bounded_by_the_given_one() -> None:
     assert row.accumulator == 512 * 255 * 128
 
 
-@pytest.mark.parametrize("name", ["IntegerLayerNorm", "IntegerEmbedding", "IntegerErf"])
+_KINDS = {"IntegerEmbedding": "int64", "IntegerErf": "int32", "IntegerExp": "int32"}
+
+
+@pytest.mark.parametrize("name", ["IntegerLayerNorm", "IntegerRmsNorm", *_KINDS])
 def test_every_result_lies_within_the_interval(name: str) -> None:
-    kind = {"IntegerEmbedding": "int64", "IntegerErf": "int32"}.get(name, "int16")
-    for case in list(CASES[name](kind))[:6]:
+    for case in list(CASES[name](_KINDS.get(name, "int16")))[:6]:
         made = ir.from_proto(onnx.load_from_string(model_of(name, case)))
         (row,) = check_integer_only(made).rows
         (y,) = case.reference(name)
         assert y.size == 0 or (row.lo <= y.min() and y.max() <= row.hi)
+
+
+def _function(name: str, **changes: int) -> ir.Model:
+    """A model of one operator with a polynomial, with other constants."""
+    kind = {"IntegerGelu": "uint8", "IntegerSilu": "uint8"}.get(name, "int32")
+    case = next(iter(CASES[name](kind)))
+    made = ir.from_proto(onnx.load_from_string(model_of(name, case)))
+    (node,) = made.graph
+    for attribute, value in changes.items():
+        node.attributes[attribute] = ir.AttrInt64(attribute, value)
+    return made
+
+
+@pytest.mark.parametrize("name", ["IntegerExp", "IntegerErf", "IntegerSoftmax", "IntegerSilu"])
+def test_a_polynomial_that_leaves_int32_is_refused(name: str) -> None:
+    with pytest.raises(PreconditionError, match="polynomial") as caught:
+        check_integer_only(_function(name, p2=30_000, p0=2**31 - 1))
+    assert caught.value.code == "CHECK-INTEGER-OVERFLOW"
+
+
+def test_gelu_whose_product_leaves_int32_is_refused() -> None:
+    with pytest.raises(PreconditionError, match="product with erf") as caught:
+        check_integer_only(_function("IntegerGelu", one=60_000))
+    assert caught.value.code == "CHECK-INTEGER-OVERFLOW"
+
+
+def test_the_interval_of_a_function_is_that_of_its_constants() -> None:
+    """With other constants it yields other numbers."""
+    made = _function("IntegerErf", erf_shift=0)
+    (row,) = check_integer_only(made).rows
+    (node,) = made.graph
+    assert row.hi == -node.attributes["p0"].as_int() == -row.lo
+
+
+@pytest.mark.parametrize(("attribute", "value"), [("ln2", 0), ("shift", 70), ("s1", 32)])
+def test_attributes_out_of_range_are_refused(attribute: str, value: int) -> None:
+    with pytest.raises(PreconditionError, match=f"{attribute} = {value}") as caught:
+        check_integer_only(_function("IntegerExp", **{attribute: value}))
+    assert caught.value.code == "CHECK-INTEGER-OPERATOR"
+
+
+def test_missing_attributes_are_refused() -> None:
+    made = _function("IntegerSoftmax")
+    (node,) = made.graph
+    node.attributes.pop("p1")
+    with pytest.raises(PreconditionError, match="p1 is missing"):
+        check_integer_only(made)
 
 
 def test_the_command_line_proves_and_refuses(tmp_path: object) -> None:
