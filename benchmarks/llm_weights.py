@@ -22,6 +22,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,11 +50,14 @@ class Configuration:
     decoded: bool = False
     """Evaluated on the float graph that holds the rounded values, which is quicker."""
 
-    @property
-    def passes(self) -> str:
-        """The whole pipeline."""
+    def passes(self, cache: Path | None = None) -> str:
+        """The whole pipeline; ``cache`` keeps what ``sequential`` has finished."""
         moments = [] if "sequential" in self.solver or "hqq" in self.solver else ["calibrate"]
-        steps = [*(moments if self.solver else []), self.plan, FLOAT_HEAD, self.solver, "qdq"]
+        solver = self.solver
+        if cache is not None and solver.startswith("sequential"):
+            options = solver.removeprefix("sequential").strip("{}")
+            solver = f"sequential{{{options} cache={json.dumps(str(cache.resolve()))}}}"
+        steps = [*(moments if self.solver else []), self.plan, FLOAT_HEAD, solver, "qdq"]
         return ", ".join(step for step in steps if step)
 
 
@@ -216,23 +220,24 @@ def make_and_judge(
 ) -> dict[str, Any]:
     """What a row is computed from: costs, sizes, and sums for each window."""
     if configuration.name == "fp32":
-        return {**sizes(base, base), **judge(base)}
+        return {**sizes(base, base), **judge.exact()}
     out = folder / f"{configuration.name}.onnx"
-    cost = make(configuration, base, out, feeds)
+    kept = folder / f"{configuration.name}.stages" if configuration.decoded else None
+    cost = make(configuration, base, out, feeds, cache=kept)
     if cost.error is not None:
         return {"error": cost.error}
     facts: dict[str, Any] = {"make_cpu": cost.cpu_s, "make_peak": cost.peak_mb}
     facts.update(sizes(out, base))
     try:
         if configuration.decoded:
-            cost = make(configuration, base, out, feeds, "onnxq_rounded")
+            cost = make(configuration, base, out, feeds, "onnxq_rounded", cache=kept)
             if cost.error is not None:
                 return {"error": cost.error}
         facts.update(judge(out))
     except Exception as error:  # a peer may write what onnxruntime refuses
         facts["error"] = f"refused by onnxruntime: {str(error).splitlines()[0]}"
     for left in folder.glob(f"{configuration.name}.*"):
-        left.unlink()
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
     return facts
 
 
@@ -329,12 +334,18 @@ def write_windows(text: str, tokenizer: Path, folder: Path, count: int) -> None:
 
 
 def make(
-    configuration: Configuration, base: Path, out: Path, feeds: Path, job: str = "onnxq_passes"
+    configuration: Configuration,
+    base: Path,
+    out: Path,
+    feeds: Path,
+    job: str = "onnxq_passes",
+    cache: Path | None = None,
 ) -> Cost:
     if configuration.ort is not None:
         return common.run_job("ort_w4", model=base, out=out, exclude=[HEAD], **configuration.ort)
-    given = feeds if configuration.solver not in ("", "hqq") else None
-    return common.run_job(job, model=base, passes=configuration.passes, out=out, feeds=given)
+    passes = configuration.passes(cache)
+    given = feeds if "calibrate" in passes or "sequential" in passes else None
+    return common.run_job(job, model=base, passes=passes, out=out, feeds=given)
 
 
 def sizes(path: Path, base: Path) -> dict[str, float]:
@@ -358,27 +369,33 @@ class Judge:
     def __init__(self, windows: Any, base: Path, exact: Path) -> None:
         self._windows, self._base, self._path = windows, base, exact
 
-    def _exact(self) -> Any:
-        """``[windows, tokens, vocabulary]`` of the float model, made when it is first needed."""
+    def exact(self) -> dict[str, Any]:
+        """``nll`` of the float model, whose log-probabilities are kept; its ``kl`` is 0."""
         import numpy as np
 
-        wanted = len(self._windows)
-        if self._path.is_file():
-            found = np.load(self._path, mmap_mode="r")
-            if len(found) >= wanted:
-                return found
+        from onnxq.evaluation.perplexity import negative_log_likelihood
+
         session = common.open_session(self._base, 1)
+        shape: tuple[int, ...] = (len(self._windows), len(range(0, WINDOW, KL_STEP)))
         target: Any = None
+        nll = []
         for number, ids in enumerate(self._windows):
             (logits,) = session.run(["logits"], {"input_ids": ids[None]})
-            some = log_softmax(logits[0, ::KL_STEP])
+            nll.append(float(negative_log_likelihood(logits[0, :-1], ids[1:].tolist())))
             if target is None:
-                target = np.lib.format.open_memmap(
-                    self._path, "w+", np.float32, (wanted, *some.shape)
-                )
-            target[number] = some
+                shape = (*shape, logits.shape[-1])
+                target = np.lib.format.open_memmap(self._path, "w+", np.float32, shape)
+            target[number] = log_softmax(logits[0, ::KL_STEP])
         target.flush()
-        return target
+        return {"nll": nll, "kl": [0.0] * len(nll)}
+
+    def _exact(self) -> Any:
+        """``[windows, tokens, vocabulary]`` of the float model, made if they are not there."""
+        import numpy as np
+
+        if not self._path.is_file() or len(np.load(self._path, mmap_mode="r")) < len(self._windows):
+            self.exact()
+        return np.load(self._path, mmap_mode="r")
 
     def __call__(self, path: Path) -> dict[str, Any]:
         """``nll`` and ``kl``, a sum for each window."""

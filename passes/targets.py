@@ -1,21 +1,22 @@
 """What the runtime that the model is for can do: the facts that the deciding passes ask about.
 
 Facts are from measurements (docs/targets.md has the table, benchmarks/targets.py makes it) and from
-the runtimes' operator lists; a target never lists what was not seen to run, and what it does not
-list is refused.
+the runtimes' operator lists; docs/targets.md says what was not run. What a target does not list is
+refused.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from onnxq.errors import SpecError, UnsupportedError
-from onnxq.formats import Format, IntFormat
+from onnxq.formats import NAMED_FLOATS, Format, IntFormat, MiniFloat, MxFormat, NvFp4Format
 
-Form = Literal["MatMulNBits", "DequantizeLinear", "blocked", "function"]
+Form = Literal["MatMulNBits", "DequantizeLinear", "blocked", "function", "block-scaled"]
 """How a weight-only layer stores its codes: onnxruntime's packed product, the standard's
-DequantizeLinear by tensor or channel, the same in blocks (opset 21), or a model-local function."""
+DequantizeLinear by tensor or channel, the same in blocks (opset 21), a model-local function, or
+onnxruntime's products of FP4 and FP8 weights, which run on CUDA."""
 
 EmbeddingForm = Literal["rows", "dequantize", "codes"]
 """How an embedding table in 8 bits is read: rows of codes times rows of scales; a Gather behind
@@ -121,6 +122,8 @@ class Target:
             packs = block in NBITS_BLOCKS and fmt.bits in NBITS
             if packs and (self.contrib is None or not real_zero):
                 fitting.insert(0, "MatMulNBits")
+        elif _is_block_scaled(fmt):
+            fitting.insert(0, "block-scaled")
         for form in fitting:
             if form in self.forms:
                 self._check_block(fmt, block)
@@ -168,11 +171,19 @@ class Target:
         return None
 
 
+def _is_block_scaled(fmt: Format) -> bool:
+    """Whether E2M1 or E4M3 codes with scales, as onnxruntime's CUDA products take them."""
+    if isinstance(fmt, MxFormat):
+        return fmt.element in ("fp4", "fp8e4m3")
+    eight = isinstance(fmt, MiniFloat) and replace(fmt, block=0) == NAMED_FLOATS["fp8e4m3"]
+    return isinstance(fmt, NvFp4Format) or eight
+
+
 def opset_of(form: Form, fmt: Format) -> int:
     """Lowest opset in which a weight-only form can be written."""
     if form == "MatMulNBits":
         return 0
-    if form == "function":
+    if form in ("function", "block-scaled"):
         return 19
     eight = isinstance(fmt, IntFormat) and fmt.bits == 8
     return 13 if form == "DequantizeLinear" and eight else 21
@@ -184,6 +195,11 @@ TARGETS: Final[dict[str, Target]] = {
     t.name: t
     for t in (
         Target("cpu", "onnxruntime on x86-64 and Arm CPUs"),
+        Target(
+            "cuda",
+            "onnxruntime's CUDA provider: as cpu, and products of FP4 and FP8 weights",
+            forms=(*ALL_FORMS, "block-scaled"),
+        ),
         Target("web-wasm", "onnxruntime-web, WebAssembly provider"),
         Target("web-webgpu", "onnxruntime-web, WebGPU provider: int4 first", float8=False),
         Target(

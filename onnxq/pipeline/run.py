@@ -11,7 +11,7 @@ import os
 import resource
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,6 +19,7 @@ from onnxq.errors import DataError
 from onnxq.graph import io
 from onnxq.graph.atomic import reported, temporary_for
 from onnxq.passes.contract import Pass, Progress, no_progress
+from onnxq.passes.lower.block_scaled import with_plain_products
 from onnxq.passes.targets import parse_target
 from onnxq.pipeline import recipes
 from onnxq.pipeline.compare import Comparison, compare_models
@@ -174,21 +175,23 @@ def run(
         plan.warnings += idle_passes(result.reports, passes_run, is_recipe=plan.is_recipe)
     with staging(output) as folder:
         staged = io.save(result.model, folder / output.name, source=plan.source)
-        io.check_loads(staged.path)
+        runnable = _runnable(staged.path, folder)
+        io.check_loads(runnable)
         comparison = None
         if plan.split.compare is not None:
             comparison = compare_models(
                 plan.source,
-                staged.path,
+                runnable,
                 plan.split.compare,
                 threads=plan.threads,
-                seconds=speed_seconds,
+                seconds=speed_seconds if runnable == staged.path else 0.0,
                 progress=tell,
             )
+            comparison = replace(comparison, candidate_bytes=staged.bytes)
         problem = None if comparison is None else problem_of(comparison, min_cosine)
         measured = None
         if spec is not None and (problem is None or keep_bad):
-            measured = measure_task(spec, plan.source, staged.path, tokenizer, plan.threads)
+            measured = measure_task(spec, plan.source, runnable, tokenizer, plan.threads)
             problem = problem or measured.problem(max_drop)
         if problem is not None:
             problem.hint += "; the output was kept" if keep_bad else "; nothing was written"
@@ -197,6 +200,12 @@ def run(
         # Saved again rather than moved: the data file must be in place before the graph is, and
         # the staged one holds the very bytes that were checked.
         saved = io.save(io.load(staged.path), output, source=plan.source)
+    if runnable != staged.path:
+        plan.warnings.append(
+            "the output was not run as it is, for onnxruntime has no CPU kernel for its FP4 and "
+            "FP8 products: it was checked with the weights that it holds, decoded, in float "
+            "products, and not timed"
+        )
     recipe = _write_recipe(output, result, comparison, saved.bytes)
     if comparison is not None:
         plan.warnings += poor_outputs(comparison)
@@ -220,6 +229,14 @@ def run(
         seconds=time.perf_counter() - began,
         cpu_seconds=_cpu_seconds() - cpu,
     )
+
+
+def _runnable(staged: Path, folder: Path) -> Path:
+    """``staged``, or a copy in ``folder`` without the products that only CUDA has."""
+    model = io.load(staged)
+    if not with_plain_products(model):
+        return staged
+    return io.save(model, folder / "plain.onnx").path
 
 
 def dry_run(

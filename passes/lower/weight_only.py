@@ -5,6 +5,8 @@ integers of 2, 4 and 8 bits    ``MatMulNBits`` where the target has it: weights 
 in blocks                      bytes]``, low nibble first, unsigned codes with the middle as
                                default zero point, bias inside
 integers of 4, 8 and 16 bits   the standard's (blocked) ``DequantizeLinear`` before the product
+FP4 and FP8                    onnxruntime's products for CUDA where the target has them
+                               (:mod:`onnxq.passes.lower.block_scaled`)
 all else                       a model-local function (:mod:`onnxq.passes.lower.decode`)
 =============================  ===============================================================
 """
@@ -26,6 +28,7 @@ from onnxq.formats.packing import pack_bits
 from onnxq.graph.edit import Names, add_initializer, insert_before, replace_value
 from onnxq.graph.match import Linear
 from onnxq.graph.spill import spilled, spilled_parts
+from onnxq.passes.lower.block_scaled import lower_to_block_scaled, misfit
 from onnxq.passes.lower.decode import lower_to_decode
 from onnxq.passes.lower.weights import (
     CHUNK,
@@ -92,12 +95,19 @@ def _lower(
         if form != "function":
             return _lower_to_dequantize(model, linear, plan, rounded)
         fmt = dataclasses.replace(fmt, block=0, scheme="sym" if plan.symmetric else "asym")
+        form = "function"
     else:
-        target.form_of(fmt, plan.block)
+        form = target.form_of(fmt, plan.block)
     if rounded is None:
         rounded = to_nearest(_rows(linear), fmt, plan)
+    why = ""
+    if form == "block-scaled":
+        reason = misfit(rounded)
+        if reason is None:
+            return f"{plan.format}: {lower_to_block_scaled(model, linear, rounded)}"
+        why = f" (not packed for CUDA: {reason})"
     what = lower_to_decode(model, linear, rounded, fmt.bits)
-    return f"{plan.format}: {what}"
+    return f"{plan.format}: {what}{why}"
 
 
 def _rows(linear: Linear) -> npt.NDArray[np.float32]:

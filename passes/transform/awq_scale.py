@@ -1,6 +1,7 @@
 """``awq-scale``: protect the weight columns with large inputs before weights are rounded.
 
-Rewrites ``x W`` to ``(x / s)(diag(s) W)`` with ``s = mean|x|^r``, r searched for each site with the
+Rewrites ``x W`` to ``(x / s)(diag(s) W)`` with ``s = mean|x|^r`` (with ``duo`` divided by
+``rms(w)^(1 - r)``), r searched for each site with the
 format and group that the weights will have (:mod:`onnxq.solvers.awq`). ``1 / s`` is folded into the
 norm, value layer or up projection that wrote ``x``
 (:mod:`onnxq.passes.transform.scaling_sites`); where nothing can take it, the site is left alone: a
@@ -24,7 +25,7 @@ from onnxq.passes.decide.assign import Assign
 from onnxq.passes.keys import PLAN, STATISTICS
 from onnxq.passes.transform.fold_norm import FOLDED_NORMS
 from onnxq.passes.transform.scaling_sites import ScalingSite, apply_scale, find_scaling_sites
-from onnxq.solvers.awq import search_awq
+from onnxq.solvers.awq import STEPS, search_awq
 
 _PLACES = {"norm": "norm", "value": "value layer", "up": "up layer"}
 
@@ -38,6 +39,9 @@ class AwqScale(Pass):
             or int4.
         block: columns that share a scale in the search, 0 for whole rows; -1: as ``weights=auto``,
             or 32.
+        duo: let the columns' own size count beside that of their inputs, as AutoAWQ does; for
+            formats with few exponents (MXFP6, MXFP4).
+        steps: values of r that are tried.
     """
 
     name: ClassVar[str] = "awq-scale"
@@ -49,12 +53,16 @@ class AwqScale(Pass):
 
     weights: str = "auto"
     block: int = -1
+    duo: bool = False
+    steps: int = STEPS
 
     def __post_init__(self) -> None:
         if self.weights != "auto":
             parse_format(self.weights)
         if self.block < -1:
             raise SpecError("SPEC-RANGE", f"block={self.block} is below -1")
+        if self.steps < 2:
+            raise SpecError("SPEC-RANGE", f"steps={self.steps} is below 2")
 
     def requests(self, model: ir.Model) -> list[StatRequest]:
         """Channel means and second moments of each site's activation."""
@@ -84,9 +92,11 @@ class AwqScale(Pass):
                 np.ascontiguousarray(site.weight().T),
                 fmt,
                 group,
+                duo=self.duo,
+                steps=self.steps,
                 constrain=site.constrain,
             )
-            if found.ratio == 0.0:
+            if not found.changes:
                 report.skip(site.name, "no scale lowers the error of the rounded layers")
             elif ctx.budget.take(site.name):
                 apply_scale(model.graph, site, found.scale)

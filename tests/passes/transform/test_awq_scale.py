@@ -14,7 +14,7 @@ from onnxq.passes.decide.calibrate import Calibrate
 from onnxq.passes.lower.qdq import Qdq
 from onnxq.passes.transform.awq_scale import AwqScale
 from onnxq.pipeline.runner import Pipeline
-from onnxq.solvers.awq import awq_scale, search_awq
+from onnxq.solvers.awq import awq_scale, duo_scale, search_awq
 from onnxq.solvers.rtn import rtn
 from tests.passes.helpers import (
     apply,
@@ -109,6 +109,45 @@ def test_inputs_of_one_size_are_left_alone() -> None:
     found = search_awq(np.ones(8), np.eye(8), weight, INT4, 0)
     assert (found.ratio, found.gain_db) == (0.0, 0.0)
     np.testing.assert_array_equal(found.scale, 1)
+
+
+def test_duo_evens_out_columns_that_differ_in_size() -> None:
+    """MXFP6's smallest step is that of its block: columns smaller than their neighbours suffer."""
+    rng = np.random.default_rng(0)
+    size = np.exp(1.5 * rng.standard_normal(64))
+    x = rng.standard_normal((500, 64))
+    weight = (rng.standard_normal((48, 64)) * size).astype(np.float32)
+    mean, gram, mx = np.abs(x).mean(axis=0), x.T @ x, parse_format("mxfp6e2m3")
+    alone = search_awq(mean, gram, weight, mx, 32)
+    both = search_awq(mean, gram, weight, mx, 32, duo=True, steps=4)
+    assert both.gain_db > alone.gain_db + 1
+    assert both.changes
+
+    def error(scale: np.ndarray) -> float:
+        w = rtn(weight * scale, mx, group=32).values()
+        return float(np.square((x / scale) @ w.T - x @ weight.T).sum())
+
+    gain = 10 * np.log10(error(np.ones(64, np.float32)) / error(both.scale))
+    assert both.gain_db == pytest.approx(gain, abs=1e-2)
+
+
+def test_the_rule_for_s_of_duo() -> None:
+    scale = duo_scale(np.array([4.0, 1.0, 9.0]), np.array([0.25, 4.0, 0.0]), 0.5)
+    raw = np.array([2 / 0.5, 1 / 2, 1.0])
+    np.testing.assert_allclose(scale, raw / np.sqrt(4.0 * 0.5))
+
+
+def test_duo_keeps_the_function() -> None:
+    model = gated()
+    result = apply(model, Calibrate(), AwqScale(duo=True, weights="mxfp6e2m3"), samples=SAMPLES)
+    assert len(report_of(result, "awq-scale").changed) == 2
+    for feeds in SAMPLES:
+        assert relative_error(run(model, feeds)["y"], run(result.model, feeds)["y"]) < 1e-5
+
+
+def test_too_few_steps_are_refused() -> None:
+    with pytest.raises(SpecError, match="steps=1"):
+        AwqScale(steps=1)
 
 
 def test_a_layer_on_the_input_is_left_alone_with_the_reason() -> None:
