@@ -15,7 +15,7 @@ Tables: ``static`` (int8 weights, one scale a channel; activations one fixed sca
 ``token`` (the same, activations one scale a token, found at run time), ``w4a16`` and ``w4a8``
 (int4 weights in blocks of 32), ``w4a4``, ``w4a4kv4`` (keys and values in int4 too), ``mx`` (MXFP4
 and NVFP4 on both sides). Each configuration is made and evaluated in a process of its own;
-transforms that rows share are made once and kept in the cache. KL: mean over tokens of
+transforms that rows share are made once and kept in the cache. KL: mean over every eighth token of
 KL(fp32 || quantized).
 Share: of the linear layers' multiplications that have both operands quantized.
 
@@ -84,11 +84,15 @@ TRANSFORMS = {
     "smooth-rot": f"{CLEAN}, calibrate, smooth-rot, fold-norm, rotate",
     "learned": f"{CLEAN}, calibrate, smooth-rot, fold-norm, calibrate, learn-rotation",
     "block": f"{CLEAN}, fold-norm, rotate{{block=32}}, online-hadamard{{block=32}}",
+    "block-learned": f"{CLEAN}, calibrate, smooth-rot{{block=32}}, fold-norm, calibrate, "
+    "learn-rotation{block=32 objective=range}",
 }
 
 STATIC = "calibrate{method=mse}, assign, qdq"
 DOWN = 'partial{layers=["*layers.11/mlp/down_proj*","*layers.28/mlp/down_proj*"]}'
 INT4 = "weights=int4 block=32 weight-method=mse"
+KL_STEP = 8
+SOLVER = "sequential{solver=gptaq}"
 
 
 def _static() -> list[Case]:
@@ -143,13 +147,13 @@ def _w4() -> list[Case]:
     both = f"assign{{mode=per-token {INT4} activations=int8}}"
     rows = []
     for table, assign in (("w4a16", weights), ("w4a8", both)):
-        solved = f"calibrate, {assign}, gptq, qdq"
+        solved = f"{assign}, {SOLVER}, qdq"
         rows += [
             Case(f"{table}-rtn", "RTN", f"{assign}, qdq", "none", table),
             Case(f"{table}-folded", "norms folded, RTN", f"{assign}, qdq", "folded", table),
-            Case(f"{table}-gptq", "norms folded, GPTQ", solved, "folded", table),
-            Case(f"{table}-rot", "R1 R2 R4, GPTQ", solved, "quarot", table),
-            Case(f"{table}-learned", "smooth-rot + learned R1 R2, GPTQ", solved, "learned", table),
+            Case(f"{table}-gptaq", "norms folded, GPTAQ", solved, "folded", table),
+            Case(f"{table}-rot", "R1 R2 R4, GPTAQ", solved, "quarot", table),
+            Case(f"{table}-learned", "smooth-rot + learned R1 R2, GPTAQ", solved, "learned", table),
         ]
     return rows
 
@@ -159,20 +163,27 @@ def _w4a4(cache: str = "") -> list[Case]:
     kv = " cache=int4-asym" if cache else ""
     keys = "online-hadamard{sites=[qk]}, " if cache else ""
     assign = f"assign{{mode=per-token {INT4}{kv} activations="
-    plain = assign + "int4-asym clip=0.9}, qdq"
-    rtn = keys + plain
-    gptq = f"{keys}calibrate, {assign}int4-asym clip=0.9}}, gptq, qdq"
-    coarse = keys + assign + "int4g32-asym}, qdq"
-    blocks = f"{keys}calibrate, {assign}int4g32-asym}}, gptq, qdq"
+    token = assign + "int4-asym clip=0.9}"
+    group = assign + "int4g32-asym}"
+
+    def row(name: str, label: str, plan: str, transform: str, solver: str = "") -> Case:
+        label += f", {'GPTAQ' if solver else 'RTN'}"
+        before = keys if transform not in ("none", "smooth") else ""
+        return Case(name, label, f"{before}{plan}{solver}, qdq", transform, table)
+
+    solver = f", {SOLVER}"
     return [
-        Case(table, "none, RTN", plain, "none", table),
-        Case(f"{table}-smooth", "smooth-quant, RTN", plain, "smooth", table),
-        Case(f"{table}-quarot", "QuaRot, RTN", rtn, "quarot", table),
-        Case(f"{table}-learned-rtn", "smooth-rot + learned R1 R2, RTN", rtn, "learned", table),
-        Case(f"{table}-gptq", "QuaRot, GPTQ", gptq, "quarot", table),
-        Case(f"{table}-learned", "smooth-rot + learned R1 R2, GPTQ", gptq, "learned", table),
-        Case(f"{table}-g32-rtn", "learned, RTN, activations in g32", coarse, "learned", table),
-        Case(f"{table}-g32", "learned, GPTQ, activations in g32", blocks, "learned", table),
+        row(f"{table}-token", "a token: none", token, "none"),
+        row(f"{table}-token-smooth", "a token: smooth-quant", token, "smooth"),
+        row(f"{table}-token-quarot", "a token: QuaRot", token, "quarot"),
+        row(f"{table}-token-solved", "a token: QuaRot", token, "quarot", solver),
+        row(f"{table}-token-learned", "a token: learned", token, "learned", solver),
+        row(f"{table}", "g32: none", group, "none"),
+        row(f"{table}-smooth", "g32: smooth-quant", group, "smooth"),
+        row(f"{table}-full", "g32: QuaRot", group, "quarot"),
+        row(f"{table}-quarot", "g32: QuaRot in blocks", group, "block"),
+        row(f"{table}-solved", "g32: QuaRot in blocks", group, "block", solver),
+        row(f"{table}-learned", "g32: learned in blocks", group, "block-learned", solver),
     ]
 
 
@@ -187,8 +198,11 @@ def _blocks() -> list[Case]:
             Case(f"{name}-rot", f"{title}, R1 R2 R4, RTN", f"{assign}, qdq", "quarot", "mx"),
             Case(f"{name}-learned-rtn", f"{title}, smooth-rot + learned R1 R2, RTN",
                  f"{assign}, qdq", "learned", "mx"),
-            Case(f"{name}-learned", f"{title}, smooth-rot + learned R1 R2, GPTQ",
-                 f"calibrate, {assign}, gptq, qdq", "learned", "mx"),
+            Case(f"{name}-learned", f"{title}, smooth-rot + learned R1 R2, GPTAQ",
+                 f"{assign}, {SOLVER}, qdq", "learned", "mx"),
+            Case(f"{name}-solved", f"{title}, GPTAQ", f"{assign}, {SOLVER}, qdq", "folded", "mx"),
+            Case(f"{name}-block-solved", f"{title}, block Hadamard, GPTAQ",
+                 f"{assign}, {SOLVER}, qdq", "block", "mx"),
         ]  # fmt: skip
     return rows
 
@@ -320,19 +334,21 @@ def log_probabilities(setup: Setup, path: Path) -> Iterator[tuple[np.ndarray, np
 
 
 def evaluate(setup: Setup, path: Path, is_reference: bool) -> dict[str, float]:
-    """Perplexity and KL; the reference leaves its log-probabilities for the others."""
+    """Perplexity and KL; the reference leaves some log-probabilities for the others."""
     loss = divergence = 0.0
-    count = 0
+    count = compared = 0
     for number, (p, tokens) in enumerate(log_probabilities(setup, path)):
         loss -= float(p[np.arange(len(tokens)), tokens].astype(np.float64).sum())
         count += len(tokens)
         file = setup.folder / f"reference{number}.npy"
+        some = p[::KL_STEP]
         if is_reference:
-            np.save(file, p.astype(np.float16))
+            np.save(file, some.astype(np.float16))
         else:
             exact = np.load(file).astype(np.float32)
-            divergence += float((np.exp(exact) * (exact - p)).sum(dtype=np.float64))
-    return {"perplexity": math.exp(loss / count), "kl": divergence / count}
+            divergence += float((np.exp(exact) * (exact - some)).sum(dtype=np.float64))
+            compared += len(some)
+    return {"perplexity": math.exp(loss / count), "kl": divergence / max(1, compared)}
 
 
 def share_of_products(setup: Setup, result: RunResult) -> float:

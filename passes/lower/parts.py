@@ -5,8 +5,9 @@
     y = sum over parts p of  f_p(x[.., columns_p]) W[columns_p, :]
 
 with f_p rounding to codes or leaving floats. The integer parts share the weight's scales, so that
-the split costs no weight. Columns that lie side by side are taken by Slice, others by Gather. In
-the static form onnxruntime fuses each integer part into one integer product.
+the split costs no weight, and layers that split one value alike share the split and the rounding.
+One Gather puts the columns in the order of the parts, if they are not in it, and one Split takes
+them apart. In the static form onnxruntime fuses each integer part into one integer product.
 """
 
 from __future__ import annotations
@@ -19,10 +20,15 @@ import onnx_ir as ir
 
 from onnxq.errors import InternalError, PreconditionError
 from onnxq.formats import affine_params
-from onnxq.graph.edit import Names, add_initializer, insert_before, replace_value
+from onnxq.graph.edit import (
+    Names,
+    add_initializer,
+    insert_after,
+    insert_before,
+    replace_value,
+)
 from onnxq.graph.match import Linear
 from onnxq.passes.lower.weights import (
-    QuantizedWeight,
     integer_format,
     quantize_weight,
     weight_as_read,
@@ -30,144 +36,179 @@ from onnxq.passes.lower.weights import (
 from onnxq.passes.plan import InputPart, SitePlan
 
 Float = npt.NDArray[np.float32]
+Columns = tuple[tuple[int, ...], ...]
+"""Of each part."""
+_Rounded = tuple[ir.Value, ...]
+"""A part as a product reads it: floats, or codes, scale and zero point."""
 
 
-def lower_parts(model: ir.Model, linear: Linear, site: SitePlan) -> str:
-    """Replace the product of ``linear`` by one a part; its bias stays where it is.
+class PartLowering:
+    """Lowers the split sites of one model; layers that split one value alike share the split.
 
-    Raises:
-        InternalError: the parts do not cover the columns, each once.
+    Args:
+        model: is changed.
     """
-    return _PartLowering(model, linear, site).run()
 
+    def __init__(self, model: ir.Model) -> None:
+        self._graph = model.graph
+        self._names = Names(model.graph)
+        self._splits: dict[tuple[ir.Value, Columns], list[ir.Value]] = {}
+        self._rounded: dict[tuple[ir.Value, str, tuple[InputPart, ...]], list[_Rounded]] = {}
 
-class _PartLowering:
-    def __init__(self, model: ir.Model, linear: Linear, site: SitePlan) -> None:
+    def lower(self, linear: Linear, site: SitePlan) -> str:
+        """Replace the product of ``linear`` by one a part; its bias stays where it is.
+
+        Returns:
+            What was done, in words.
+
+        Raises:
+            InternalError: the parts do not cover the columns, each once.
+        """
         columns = sorted(c for part in site.parts for c in part.columns)
         if columns != list(range(linear.in_features)) or site.weight is None:
             raise InternalError("PLAN-PARTS", f"{site.site}: its parts are not a partition")
-        self._graph = model.graph
-        self._names = Names(model.graph)
-        self._linear, self._site = linear, site
-        self._nodes: list[ir.Node] = []
-        self._shared: tuple[ir.Value, ir.Value] | None = None
         x = linear.node.inputs[1 - linear.weight_index]
         if x is None:
             raise InternalError("STALE-MATCH", f"{site.site} reads nothing")
-        self._x = x
-        array, in_axis, _ = weight_as_read(linear)
-        self._weight: Float = array if in_axis == 0 else np.ascontiguousarray(array.T)
-
-    def run(self) -> str:
-        """Insert the products and their sum; what was done, in words."""
-        linear, weight_plan = self._linear, self._site.weight
-        assert weight_plan is not None
-        coded = [c for part in self._site.parts if not part.is_float for c in part.columns]
-        weight = quantize_weight(self._weight[coded], weight_plan, in_axis=0, out_axis=1)
-        place = {column: row for row, column in enumerate(coded)}
-        terms = []
-        for number, part in enumerate(self._site.parts):
-            base = f"{linear.name}_part{number}"
-            x = self._columns(part.columns, base)
-            if part.is_float:
-                rows = self._constant(f"{base}_weight", self._weight[list(part.columns)])
-                terms.append(self._op("MatMul", [x, rows], base))
-                continue
-            rows_of = [place[column] for column in part.columns]
-            multiply = self._static if self._site.mode == "static" else self._dynamic
-            terms.append(multiply(x, part, weight, rows_of, base))
+        parts = self._parts(x, site)
+        nodes: list[ir.Node] = []
+        terms = self._terms(linear, site, parts, nodes)
         total = terms[0]
-        for number, term in enumerate(terms[1:]):
-            total = self._op("Add", [total, term], f"{linear.name}_sum{number}")
+        for term in terms[1:]:
+            total = self._op(nodes, "Add", [total, term], f"{linear.name}_sum")
         old = linear.node.outputs[0]
         total.type, total.shape = old.type, old.shape
-        insert_before(linear.node, self._nodes)
+        insert_before(linear.node, nodes)
         replace_value(old, total)
         self._graph.remove(linear.node, safe=True)
-        floats = sum(len(part.columns) for part in self._site.parts if part.is_float)
-        groups = sum(not part.is_float for part in self._site.parts)
-        what = f"{weight_plan.format} in {groups} parts of the input"
+        floats = sum(len(part.columns) for part in site.parts if part.is_float)
+        groups = sum(not part.is_float for part in site.parts)
+        what = f"{site.weight.format} in {groups} parts of the input"
         return f"{what}, {floats} columns in float" if floats else what
 
-    def _columns(self, columns: Sequence[int], base: str) -> ir.Value:
-        first, last = columns[0], columns[-1]
-        if len(columns) == self._linear.in_features and list(columns) == list(range(len(columns))):
-            return self._x
-        if list(columns) == list(range(first, last + 1)):
-            bounds = [
-                self._constant(f"{base}_{name}", np.array([value], np.int64))
-                for name, value in (("begin", first), ("end", last + 1), ("axis", -1))
-            ]
-            return self._op("Slice", [self._x, *bounds], base)
-        indices = self._constant(f"{base}_columns", np.array(columns, np.int64))
-        return self._op("Gather", [self._x, indices], base, {"axis": -1})
+    def _terms(
+        self, linear: Linear, site: SitePlan, parts: list[_Rounded], nodes: list[ir.Node]
+    ) -> list[ir.Value]:
+        """One product a part, their nodes added to ``nodes``."""
+        array, in_axis, _ = weight_as_read(linear)
+        rows: Float = array if in_axis == 0 else np.ascontiguousarray(array.T)
+        assert site.weight is not None
+        coded = [c for part in site.parts if not part.is_float for c in part.columns]
+        weight = quantize_weight(rows[coded], site.weight, in_axis=0, out_axis=1)
+        dtype = integer_format(site.weight.format).numpy_dtype
+        shared = self._constant("ws", weight.scale), self._constant("wz", weight.zero_point)
+        place = {column: row for row, column in enumerate(coded)}
+        terms = []
+        for number, (part, x) in enumerate(zip(site.parts, parts, strict=True)):
+            base = f"{linear.name}_part{number}"
+            if part.is_float:
+                exact = self._constant("w", rows[list(part.columns)])
+                terms.append(self._op(nodes, "MatMul", [x[0], exact], base))
+                continue
+            own = weight.codes[[place[column] for column in part.columns]].astype(dtype)
+            inputs = (self._constant("w", own), *shared)
+            if site.mode == "static":
+                axis = {} if weight.axis is None else {"axis": 1}
+                decoded = self._op(nodes, "DequantizeLinear", inputs, f"{base}_weight", axis)
+                terms.append(self._op(nodes, "MatMul", [x[0], decoded], base))
+            else:
+                terms.append(self._integer_product(nodes, x, inputs, base))
+        return terms
 
-    def _static(
-        self, x: ir.Value, part: InputPart, weight: QuantizedWeight, rows: list[int], base: str
+    def _integer_product(
+        self,
+        nodes: list[ir.Node],
+        x: _Rounded,
+        weight: tuple[ir.Value, ir.Value, ir.Value],
+        base: str,
     ) -> ir.Value:
+        """The product of codes, whose scale is known at run time."""
+        codes, scale, zero = x
+        product = self._op(nodes, "MatMulInteger", [codes, weight[0], zero, weight[2]], base)
+        scales = self._op(nodes, "Mul", [scale, weight[1]], f"{base}_scales")
+        cast = self._op(nodes, "Cast", [product], base, {"to": ir.DataType.FLOAT})
+        return self._op(nodes, "Mul", [cast, scales], base)
+
+    def _parts(self, x: ir.Value, site: SitePlan) -> list[_Rounded]:
+        """The parts of ``x`` as products read them: floats, or codes with scale and zero point."""
+        key = (x, site.mode, site.parts)
+        if key not in self._rounded:
+            nodes: list[ir.Node] = []
+            columns = self._columns(x, tuple(part.columns for part in site.parts), nodes)
+            round_one = self._static if site.mode == "static" else self._dynamic
+            self._rounded[key] = [
+                (each,) if part.is_float else round_one(nodes, each, part)
+                for part, each in zip(site.parts, columns, strict=True)
+            ]
+            if nodes:
+                insert_after(_last_writer(columns, nodes, x), nodes)
+        return self._rounded[key]
+
+    def _columns(self, x: ir.Value, columns: Columns, nodes: list[ir.Node]) -> list[ir.Value]:
+        """``x`` taken apart: its channels put in the order of the parts, then split."""
+        if len(columns) == 1 and columns[0] == tuple(range(len(columns[0]))):
+            return [x]
+        if (x, columns) not in self._splits:
+            order = [column for part in columns for column in part]
+            sorted_x = x
+            if order != list(range(len(order))):
+                index = self._constant("columns", np.array(order, np.int32))
+                sorted_x = self._op(nodes, "Gather", [x, index], f"{x.name}_sorted", {"axis": -1})
+            sizes = self._constant("sizes", np.array([len(part) for part in columns], np.int64))
+            split = ir.node(
+                "Split",
+                [sorted_x, sizes],
+                {"axis": -1},
+                num_outputs=len(columns),
+                name=self._names.fresh(f"{x.name}_parts"),
+            )
+            for out in split.outputs:
+                out.name = self._names.fresh("part")
+            nodes.append(split)
+            self._splits[x, columns] = list(split.outputs)
+        return self._splits[x, columns]
+
+    def _static(self, nodes: list[ir.Node], x: ir.Value, part: InputPart) -> _Rounded:
         fmt = integer_format(part.format)
         scale, zero = affine_params(part.lo, part.hi, fmt, symmetric=part.symmetric)
         params = [
-            self._constant(f"{base}_scale", np.asarray(scale)),
-            self._constant(f"{base}_zero_point", np.asarray(zero)),
+            self._constant("scale", np.asarray(scale)),
+            self._constant("zero", np.asarray(zero)),
         ]
-        codes = self._op("QuantizeLinear", [x, *params], base)
-        exact = self._op("DequantizeLinear", [codes, *params], base)
-        inputs = self._weight_inputs(weight, rows, base)
-        axis = {} if weight.axis is None else {"axis": 1}
-        decoded = self._op("DequantizeLinear", inputs, f"{base}_weight", axis)
-        return self._op("MatMul", [exact, decoded], base)
+        codes = self._op(nodes, "QuantizeLinear", [x, *params], f"{x.name}_q")
+        return (self._op(nodes, "DequantizeLinear", [codes, *params], f"{x.name}_dq"),)
 
-    def _dynamic(
-        self, x: ir.Value, part: InputPart, weight: QuantizedWeight, rows: list[int], base: str
-    ) -> ir.Value:
+    def _dynamic(self, nodes: list[ir.Node], x: ir.Value, part: InputPart) -> _Rounded:
         quantize = ir.node("DynamicQuantizeLinear", [x], num_outputs=3)
-        quantize.name = self._names.fresh(f"{base}_DynamicQuantizeLinear")
-        for out, what in zip(quantize.outputs, ("quantized", "scale", "zero_point"), strict=True):
-            out.name = self._names.fresh(f"{base}_{what}")
-        self._nodes.append(quantize)
-        codes, scale, zero = self._weight_inputs(weight, rows, base)
-        integers = [quantize.outputs[0], codes, quantize.outputs[2], zero]
-        product = self._op("MatMulInteger", integers, base)
-        scales = self._op("Mul", [quantize.outputs[1], scale], f"{base}_scales")
-        cast = self._op("Cast", [product], base, {"to": ir.DataType.FLOAT})
-        return self._op("Mul", [cast, scales], base)
-
-    def _weight_inputs(
-        self, weight: QuantizedWeight, rows: list[int], base: str
-    ) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """Codes of some rows, with the scales and zero points of all."""
-        fmt = integer_format(self._site.weight.format) if self._site.weight else None
-        dtype = weight.codes.dtype if fmt is None else fmt.numpy_dtype
-        return (
-            self._constant(f"{base}_weight_quantized", weight.codes[rows].astype(dtype)),
-            *self._scales(weight),
-        )
-
-    def _scales(self, weight: QuantizedWeight) -> tuple[ir.Value, ir.Value]:
-        """Scales and zero points of the weight, stored once for all parts."""
-        if self._shared is None:
-            base = f"{self._linear.name}_weight"
-            self._shared = (
-                self._constant(f"{base}_scale", weight.scale),
-                self._constant(f"{base}_zero_point", weight.zero_point),
-            )
-        return self._shared
+        quantize.name = self._names.fresh(f"{x.name}_q")
+        for out in quantize.outputs:
+            out.name = self._names.fresh("part")
+        nodes.append(quantize)
+        codes, scale, zero = quantize.outputs
+        return codes, scale, zero
 
     def _constant(self, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
-        return add_initializer(self._graph, self._names.fresh(name), array)
+        return add_initializer(self._graph, self._names.fresh(f"parts_{name}"), array)
 
     def _op(
         self,
+        nodes: list[ir.Node],
         op_type: str,
         inputs: Sequence[ir.Value],
-        base: str,
+        name: str,
         attributes: dict[str, int] | None = None,
     ) -> ir.Value:
-        node = ir.node(op_type, inputs, attributes, name=self._names.fresh(f"{base}_{op_type}"))
-        node.outputs[0].name = self._names.fresh(f"{base}_{op_type}_output")
-        self._nodes.append(node)
+        """A node more. Its output gets a short name: there are thousands of them."""
+        node = ir.node(op_type, inputs, attributes, name=self._names.fresh(name))
+        node.outputs[0].name = self._names.fresh("part")
+        nodes.append(node)
         return node.outputs[0]
+
+
+def _last_writer(columns: list[ir.Value], nodes: list[ir.Node], x: ir.Value) -> ir.Value:
+    """Behind what ``nodes`` are put: a split made for another layer, or ``x``."""
+    made = set(nodes)
+    return next((c for c in columns if c is not x and c.producer() not in made), x)
 
 
 def refuse_rounded(site: SitePlan) -> None:

@@ -28,7 +28,7 @@ from onnxq.passes.keys import PLAN, ROUNDED, STATISTICS
 from onnxq.passes.lower.activations import ActivationRounding
 from onnxq.passes.lower.dynamic import DynamicLowering
 from onnxq.passes.lower.embedding import lower_embedding
-from onnxq.passes.lower.parts import lower_parts, refuse_rounded
+from onnxq.passes.lower.parts import PartLowering, refuse_rounded
 from onnxq.passes.lower.static import StaticLowering
 from onnxq.passes.lower.weight_only import lower_decoded, lower_weight_only
 from onnxq.passes.plan import CACHE
@@ -70,6 +70,7 @@ class Qdq(Pass):
         static = StaticLowering(model, plan, rounded, ctx.target)
         dynamic = DynamicLowering(model, rounded)
         activations = ActivationRounding(model)
+        parts = PartLowering(model)
         for site in plan.sites.values():
             if not ctx.budget.take(site.site):
                 continue
@@ -84,7 +85,7 @@ class Qdq(Pass):
             elif site.parts:
                 if rounded.get(site.site) is not None:
                     refuse_rounded(site)
-                what = lower_parts(model, linear, site)
+                what = parts.lower(linear, site)
             elif site.mode == "static":
                 what = static.lower_linear(linear, site)
             elif site.mode == "dynamic":

@@ -105,7 +105,7 @@ class Rotate(Pass):
         if not streams:
             report.skip("residual stream", "R1: the graph has no norms")
         for stream in streams:
-            reason = why_not_rotatable(structure, stream) or self._why_no_blocks(stream.width)
+            reason = why_not_rotatable(structure, stream) or why_no_blocks(stream.width, self.block)
             if reason is not None:
                 report.skip(stream.name, f"R1: {reason}")
                 continue
@@ -135,7 +135,7 @@ class Rotate(Pass):
             if isinstance(way, str):
                 report.skip(name, f"R2: {way}")
                 continue
-            reason = self._why_no_blocks(way.head_dim)
+            reason = why_no_blocks(way.head_dim, self.block)
             if reason is not None:
                 report.skip(name, f"R2: {reason}")
                 continue
@@ -150,11 +150,6 @@ class Rotate(Pass):
             )
             if way.value.is_weight_shared or way.output.is_weight_shared:
                 structure = analyze(model)
-
-    def _why_no_blocks(self, width: int) -> str | None:
-        if self.block and width % self.block:
-            return f"its {width} channels are not divided by block={self.block}"
-        return None
 
     def _draw(self, width: int, rng: np.random.Generator) -> Rotation:
         """One rotation of ``width`` channels, block by block if asked for."""
@@ -175,6 +170,13 @@ class Rotate(Pass):
 def attentions_of(structure: Structure) -> list[Attention | FusedAttention]:
     """All attentions of a graph, in whatever spelling."""
     return [*structure.attentions, *structure.fused_attentions]
+
+
+def why_no_blocks(width: int, block: int) -> str | None:
+    """Why ``width`` channels cannot be rotated ``block`` at a time; None if they can."""
+    if block and width % block:
+        return f"its {width} channels are not divided by block={block}"
+    return None
 
 
 # R1 -------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from onnxq.passes.decide.calibrate import Calibrate
 from onnxq.passes.decide.outlier_split import OutlierSplit
 from onnxq.passes.decide.peg import Peg
 from onnxq.passes.keys import PLAN
-from onnxq.passes.lower.parts import lower_parts
+from onnxq.passes.lower.parts import PartLowering
 from onnxq.passes.lower.qdq import Qdq
 from onnxq.passes.plan import InputPart, QuantPlan
 from onnxq.passes.weights.gptq import Gptq
@@ -192,4 +192,4 @@ def test_bad_options_and_plans():
     broken = dataclasses.replace(site, parts=site.parts[:1])
     (linear,) = analyze(planned.model).linears
     with pytest.raises(InternalError, match="partition"):
-        lower_parts(planned.model, linear, broken)
+        PartLowering(planned.model).lower(linear, broken)

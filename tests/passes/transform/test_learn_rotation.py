@@ -70,11 +70,62 @@ def test_it_is_flatter_than_the_rotation_that_it_starts_from() -> None:
     assert kurtosis(learned) < 0.8 * kurtosis(random)
 
 
+def test_with_the_range_as_objective_blocks_need_smaller_steps() -> None:
+    """A narrower range of what layers read, in blocks, than behind random rotations."""
+    model = llama(hidden=32, heads=4, kv_heads=2, outlier=20.0)
+    learned, report = learn(model, steps=60, block=8, objective="range")
+    random = apply(model, FoldNorm(), Rotate(block=8)).model
+    assert "mean squared range" in report.changed[0].detail
+
+    def step(each: ir.Model) -> float:
+        names = [str(norm.output.name) for norm in analyze(each).norms]
+        return sum(
+            float(np.square(np.ptp(a.reshape(-1, 8), axis=-1)).mean())
+            for a in outputs(each, TOKENS, *names)
+        )
+
+    assert step(learned) < 0.95 * step(random)
+    assert relative_error(outputs(model, TOKENS)[0], outputs(learned, TOKENS)[0]) <= EXACT
+
+
 def test_r1_and_r2_apart() -> None:
     model = llama(hidden=32, heads=4, kv_heads=2)
     _, first = learn(model, r2=False, steps=5)
     _, second = learn(model, r1=False, steps=5)
     assert [c.what[:2] for c in (*first.changed, *second.changed)] == ["R1", "R2", "R2"]
+
+
+@pytest.mark.parametrize("block", [4, 8])
+def test_blocks_are_learned_each_from_its_own_channels(block: int) -> None:
+    model = llama(hidden=32, heads=4, kv_heads=2)
+    learned, report = learn(model, steps=10, block=block)
+    x = str(analyze(model).norms[0].x.name)
+    (old,), (new,) = outputs(model, TOKENS, x), outputs(learned, TOKENS, x)
+    assert relative_error(old, new) > 0.5
+    for before, after in zip(
+        np.split(old, 32 // block, axis=-1), np.split(new, 32 // block, axis=-1), strict=True
+    ):  # a rotation of a block keeps its length
+        np.testing.assert_allclose(
+            np.linalg.norm(after, axis=-1), np.linalg.norm(before, axis=-1), rtol=1e-6
+        )
+    assert relative_error(outputs(model, TOKENS)[0], outputs(learned, TOKENS)[0]) <= EXACT
+    assert all(f"order {block}" in change.what for change in report.changed)
+
+
+def test_blocks_keep_the_ones_of_a_layernorm() -> None:
+    model = pre_layernorm(opset=18)
+    learned, report = learn(model, centre=False, steps=5, block=4)
+    assert report.changed
+    assert relative_error(outputs(model, TOKENS)[0], outputs(learned, TOKENS)[0]) <= EXACT
+
+
+def test_widths_that_are_no_whole_blocks_are_skipped_with_the_reason() -> None:
+    _, report = learn(llama(hidden=32, heads=4, kv_heads=2), block=16)
+    text = reasons(report)
+    assert "its 8 channels are not divided by block=16" in text
+    assert [c.what[:2] for c in report.changed] == ["R1"]
+    with pytest.raises(SpecError, match="block=1"):
+        LearnRotation(block=1)
 
 
 def test_streams_that_cannot_be_turned_are_named() -> None:
