@@ -5,20 +5,12 @@ Everything is int64 with values far inside of it, so nothing here can wrap or ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from onnxq.custom_ops.registry import Attribute
-
 Array = np.ndarray[Any, Any]
-
-POLYNOMIAL_ATTRIBUTES = (
-    *(Attribute(f"p{i}", "INT", f"coefficient {i} of the polynomial") for i in (4, 3, 2, 1, 0)),
-    *(Attribute(f"s{i}", "INT", f"right shift before coefficient {i}") for i in (3, 2, 1, 0)),
-)
-"""Of every operator that evaluates a polynomial."""
 
 POWERS = np.left_shift(1, np.arange(63, dtype=np.int64))
 """2^0 to 2^62: bodies look them up, as ONNX shifts unsigned numbers only."""
@@ -39,6 +31,19 @@ def round_shift(x: Array, shift: Array | int) -> Array:
 def rescale(x: Array, multiplier: Array | int, shift: Array | int) -> Array:
     """``x * multiplier / 2^shift`` to the nearest integer, halves up; x of 32 bits."""
     return round_shift(x.astype(np.int64) * np.asarray(multiplier, np.int64), shift)
+
+
+def columns16(x: Array, bias: Array, multiplier: Array, shift: Array) -> Array:
+    """A linear layer's sum with its bias, each column at its factor, within 16 bits."""
+    total = wrap32(x.astype(np.int64) + bias)
+    return np.clip(rescale(total, multiplier, shift), -32767, 32767)
+
+
+def requantized(x: Array, zero_point: Array, attributes: Mapping[str, int]) -> Array:
+    """``x`` at the factor and within the limits of a node, in the type of its zero point."""
+    moved = rescale(x, attributes["out_multiplier"], attributes["out_shift"]) + int(zero_point)
+    clipped: Array = np.clip(moved, attributes["low"], attributes["high"])
+    return clipped.astype(zero_point.dtype)
 
 
 def polynomial(x: Array, p: Sequence[int], s: Sequence[int]) -> Array:
@@ -84,6 +89,14 @@ def square_root(x: Array) -> Array:
         root = np.minimum(root, (root + x // np.maximum(root, 1)) // 2)
     result: Array = root
     return result
+
+
+def normalized(v: Array, shift: int, epsilon: int) -> Array:
+    """Rows over the root of their sum of squares, in steps of 2^-30; see IntegerLayerNorm."""
+    squares = ((v >> shift) ** 2).sum(axis=-1, keepdims=True)
+    deviation = np.maximum(square_root(squares + epsilon), 1) << shift
+    normal: Array = v * ((1 << 31) // deviation) >> 1
+    return normal
 
 
 ROOT_STEPS = 6

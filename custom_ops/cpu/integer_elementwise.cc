@@ -9,29 +9,21 @@ namespace {
 
 constexpr int64_t kElementsPerTask = 16384;
 
-// Calls part(first, n) for pieces of the elements, on the thread pool.
-template <class Part>
-ort::OrtStatus* ForElements(const Api& api, const ort::OrtKernelContext* context, int64_t size,
-                            const Part& part) {
-  const int64_t tasks = (size + kElementsPerTask - 1) / kElementsPerTask;
-  return ParallelFor(api, context, static_cast<size_t>(tasks), [&](size_t task) {
-    const int64_t first = static_cast<int64_t>(task) * kElementsPerTask;
-    part(first, std::min(kElementsPerTask, size - first));
-  });
-}
-
-// The input, and the output of its shape.
-template <class T>
-ort::OrtStatus* Unary(const Api& api, ort::OrtKernelContext* context, const T** x, T** y,
-                      int64_t* size) {
+// Calls part(x, y, n) for pieces of the input's elements, on the thread pool.
+template <class T, class Part>
+ort::OrtStatus* Unary(const Api& api, ort::OrtKernelContext* context, const Part& part) {
   InputTensor input;
   ONNXQ_RETURN_IF_ERROR(GetInput(api, context, 0, &input));
   void* output = nullptr;
   ONNXQ_RETURN_IF_ERROR(MakeOutput(api, context, 0, input.shape, &output));
-  *x = static_cast<const T*>(input.data);
-  *y = static_cast<T*>(output);
-  *size = CountElements(input.shape);
-  return nullptr;
+  const auto* const x = static_cast<const T*>(input.data);
+  auto* const y = static_cast<T*>(output);
+  const int64_t size = CountElements(input.shape);
+  const int64_t tasks = (size + kElementsPerTask - 1) / kElementsPerTask;
+  return ParallelFor(api, context, static_cast<size_t>(tasks), [&](size_t task) {
+    const int64_t first = static_cast<int64_t>(task) * kElementsPerTask;
+    part(x + first, y + first, std::min(kElementsPerTask, size - first));
+  });
 }
 
 }  // namespace
@@ -55,12 +47,8 @@ ort::OrtStatus* IntegerExp<type>::InferShapes(const Api& api, ort::OrtShapeInfer
 
 template <ElementType type>
 ort::OrtStatus* IntegerExp<type>::Compute(const Api& api, ort::OrtKernelContext* context) const {
-  const int32_t* x = nullptr;
-  int32_t* y = nullptr;
-  int64_t size = 0;
-  ONNXQ_RETURN_IF_ERROR(Unary(api, context, &x, &y, &size));
-  return ForElements(api, context, size, [&](int64_t first, int64_t n) {
-    kernels_->exponential(x + first, n, exp_, y + first);
+  return Unary<int32_t>(api, context, [&](const int32_t* x, int32_t* y, int64_t n) {
+    kernels_->exponential(x, n, exp_, y);
   });
 }
 
@@ -86,13 +74,8 @@ ort::OrtStatus* IntegerErf<type>::InferShapes(const Api& api, ort::OrtShapeInfer
 
 template <ElementType type>
 ort::OrtStatus* IntegerErf<type>::Compute(const Api& api, ort::OrtKernelContext* context) const {
-  const int32_t* x = nullptr;
-  int32_t* y = nullptr;
-  int64_t size = 0;
-  ONNXQ_RETURN_IF_ERROR(Unary(api, context, &x, &y, &size));
-  return ForElements(api, context, size, [&](int64_t first, int64_t n) {
-    kernels_->erf(x + first, n, erf_, y + first);
-  });
+  return Unary<int32_t>(
+      api, context, [&](const int32_t* x, int32_t* y, int64_t n) { kernels_->erf(x, n, erf_, y); });
 }
 
 template class IntegerErf<ElementType::kInt32>;
@@ -113,12 +96,8 @@ ort::OrtStatus* IntegerSqrt<type>::InferShapes(const Api& api, ort::OrtShapeInfe
 
 template <ElementType type>
 ort::OrtStatus* IntegerSqrt<type>::Compute(const Api& api, ort::OrtKernelContext* context) const {
-  const int64_t* x = nullptr;
-  int64_t* y = nullptr;
-  int64_t size = 0;
-  ONNXQ_RETURN_IF_ERROR(Unary(api, context, &x, &y, &size));
-  return ForElements(api, context, size, [&](int64_t first, int64_t n) {
-    std::transform(x + first, x + first + n, y + first, IntegerRoot);
+  return Unary<int64_t>(api, context, [](const int64_t* x, int64_t* y, int64_t n) {
+    std::transform(x, x + n, y, IntegerRoot);
   });
 }
 

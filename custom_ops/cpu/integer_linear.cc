@@ -83,6 +83,23 @@ ort::OrtStatus* ForBlocks(const Api& api, const ort::OrtKernelContext* context,
   });
 }
 
+// Reads x, its factors and the zero point; calls part(input, zero point, first, n, y + first) for
+// the blocks of y, which has the shape of x and numbers of type T.
+template <class T, class Part>
+ort::OrtStatus* ComputeBlocks(const Api& api, ort::OrtKernelContext* context, const char* op,
+                              const Part& part) {
+  LinearInput input;
+  ONNXQ_RETURN_IF_ERROR(input.Read(api, context, op));
+  int32_t zero_point = 0;
+  ONNXQ_RETURN_IF_ERROR(ReadZeroPoint<T>(api, context, op, &zero_point));
+  void* y = nullptr;
+  ONNXQ_RETURN_IF_ERROR(MakeOutput(api, context, 0, input.shape(), &y));
+  T* const out = static_cast<T*>(y);
+  return ForBlocks(api, context, input, [&](int64_t first, int64_t n) {
+    part(input, zero_point, first, n, out + first);
+  });
+}
+
 ort::OrtStatus* ReadFactor(const Api& api, const ort::OrtKernelContext* context, size_t index,
                            const char* op, const char* name, int32_t* value) {
   InputTensor tensor;
@@ -192,16 +209,11 @@ ort::OrtStatus* Requantize<type>::InferShapes(const Api& api, ort::OrtShapeInfer
 template <ElementType type>
 ort::OrtStatus* Requantize<type>::Compute(const Api& api, ort::OrtKernelContext* context) const {
   using T = OutputOf<type>;
-  LinearInput input;
-  ONNXQ_RETURN_IF_ERROR(input.Read(api, context, kName));
-  int32_t zero_point = 0;
-  ONNXQ_RETURN_IF_ERROR(ReadZeroPoint<T>(api, context, kName, &zero_point));
-  void* y = nullptr;
-  ONNXQ_RETURN_IF_ERROR(MakeOutput(api, context, 0, input.shape(), &y));
-  T* const out = static_cast<T*>(y);
-  return ForBlocks(api, context, input, [&](int64_t first, int64_t n) {
-    input.Requantize(*kernels_, first, n, zero_point, low_, high_, sizeof(T), out + first);
-  });
+  return ComputeBlocks<T>(
+      api, context, kName,
+      [&](const LinearInput& input, int32_t zero_point, int64_t first, int64_t n, T* out) {
+        input.Requantize(*kernels_, first, n, zero_point, low_, high_, sizeof(T), out);
+      });
 }
 
 template class Requantize<ElementType::kInt8>;
@@ -233,16 +245,13 @@ ort::OrtStatus* IntegerGelu<type>::InferShapes(const Api& api, ort::OrtShapeInfe
 template <ElementType type>
 ort::OrtStatus* IntegerGelu<type>::Compute(const Api& api, ort::OrtKernelContext* context) const {
   using T = OutputOf<type>;
-  LinearInput input;
-  ONNXQ_RETURN_IF_ERROR(input.Read(api, context, kName));
-  Rescale how = out_;
-  ONNXQ_RETURN_IF_ERROR(ReadZeroPoint<T>(api, context, kName, &how.zero_point));
-  void* y = nullptr;
-  ONNXQ_RETURN_IF_ERROR(MakeOutput(api, context, 0, input.shape(), &y));
-  T* const out = static_cast<T*>(y);
-  return ForBlocks(api, context, input, [&](int64_t first, int64_t n) {
-    input.Gelu(*kernels_, first, n, erf_, one_, how, sizeof(T), out + first);
-  });
+  return ComputeBlocks<T>(
+      api, context, kName,
+      [&](const LinearInput& input, int32_t zero_point, int64_t first, int64_t n, T* out) {
+        Rescale how = out_;
+        how.zero_point = zero_point;
+        input.Gelu(*kernels_, first, n, erf_, one_, how, sizeof(T), out);
+      });
 }
 
 template class IntegerGelu<ElementType::kInt8>;
@@ -270,21 +279,18 @@ ort::OrtStatus* IntegerSilu<type>::InferShapes(const Api& api, ort::OrtShapeInfe
 template <ElementType type>
 ort::OrtStatus* IntegerSilu<type>::Compute(const Api& api, ort::OrtKernelContext* context) const {
   using T = OutputOf<type>;
-  LinearInput input;
-  ONNXQ_RETURN_IF_ERROR(input.Read(api, context, kName));
-  Rescale how = out_;
-  ONNXQ_RETURN_IF_ERROR(ReadZeroPoint<T>(api, context, kName, &how.zero_point));
-  void* y = nullptr;
-  ONNXQ_RETURN_IF_ERROR(MakeOutput(api, context, 0, input.shape(), &y));
-  T* const out = static_cast<T*>(y);
-  return ForBlocks(api, context, input, [&](int64_t first, int64_t n) {
-    int32_t t[kIntegerBlock];
-    int32_t product[kIntegerBlock];
-    input.Rescale(*kernels_, first, n, -32767, 32767, t);
-    kernels_->silu(t, n, exp_, product);
-    kernels_->rescale(product, n, how, t);
-    Narrow(*kernels_, t, n, out + first);
-  });
+  return ComputeBlocks<T>(
+      api, context, kName,
+      [&](const LinearInput& input, int32_t zero_point, int64_t first, int64_t n, T* out) {
+        int32_t t[kIntegerBlock];
+        int32_t product[kIntegerBlock];
+        Rescale how = out_;
+        how.zero_point = zero_point;
+        input.Rescale(*kernels_, first, n, -32767, 32767, t);
+        kernels_->silu(t, n, exp_, product);
+        kernels_->rescale(product, n, how, t);
+        Narrow(*kernels_, t, n, out);
+      });
 }
 
 template class IntegerSilu<ElementType::kInt8>;

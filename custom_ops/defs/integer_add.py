@@ -8,7 +8,8 @@ import numpy as np
 import onnx
 
 from onnxq.custom_ops.integer_math import POWERS, rescale, wrap32
-from onnxq.custom_ops.registry import DOMAIN, Attribute, Operator
+from onnxq.custom_ops.integer_schema import FACTOR_INPUTS, LIMITS
+from onnxq.custom_ops.registry import DOMAIN, Operator
 
 Array = np.ndarray[Any, Any]
 
@@ -98,9 +99,7 @@ OPERATOR = Operator(
     doc=_DOC,
     inputs={
         "a": "`[..., N]` i32 or i16",
-        "bias": "`[N]` or `[1]` i32",
-        "multiplier": "`[N]` or `[1]` i32",
-        "shift": "`[N]` or `[1]` i32, 1 to 62",
+        **FACTOR_INPUTS,
         "b": "`[..., N]` i16",
         "b_multiplier": "`[1]` i32",
         "b_shift": "`[1]` i32, 1 to 62",
@@ -109,9 +108,6 @@ OPERATOR = Operator(
     min_opset=18,
     build_function=_build_function,
     reference=reference,
-    attributes=(
-        Attribute("low", "INT", "least value of y"),
-        Attribute("high", "INT", "largest value of y"),
-    ),
+    attributes=LIMITS,
     typed_by="b",
 )

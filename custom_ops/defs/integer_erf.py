@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnxq.custom_ops.integer_math import POLYNOMIAL_ATTRIBUTES, POWERS, erf
-from onnxq.custom_ops.registry import DOMAIN, Attribute, Operator
+from onnxq.custom_ops.integer_math import POWERS, erf
+from onnxq.custom_ops.integer_schema import ERF
+from onnxq.custom_ops.registry import DOMAIN, Operator
 
 Array = np.ndarray[Any, Any]
 
@@ -105,9 +106,5 @@ OPERATOR = Operator(
     min_opset=18,
     build_function=_build_function,
     reference=reference,
-    attributes=(
-        Attribute("bound", "INT", "where erf reaches 1, in steps of x"),
-        *POLYNOMIAL_ATTRIBUTES,
-        Attribute("erf_shift", "INT", "of the value of the polynomial"),
-    ),
+    attributes=ERF,
 )

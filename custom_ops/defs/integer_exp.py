@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnxq.custom_ops.integer_math import POLYNOMIAL_ATTRIBUTES, POWERS, exponential
-from onnxq.custom_ops.registry import DOMAIN, Attribute, Operator
+from onnxq.custom_ops.integer_math import POWERS, exponential
+from onnxq.custom_ops.integer_schema import exponential as exp_attributes
+from onnxq.custom_ops.registry import DOMAIN, Operator
 
 Array = np.ndarray[Any, Any]
 
@@ -117,10 +118,5 @@ OPERATOR = Operator(
     min_opset=18,
     build_function=_build_function,
     reference=reference,
-    attributes=(
-        Attribute("ln2", "INT", "ln 2 in steps of x"),
-        *POLYNOMIAL_ATTRIBUTES,
-        Attribute("multiplier", "INT", "of the value of the polynomial"),
-        Attribute("shift", "INT", "of the value of the polynomial"),
-    ),
+    attributes=exp_attributes(),
 )

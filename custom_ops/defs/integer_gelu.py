@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnxq.custom_ops.integer_math import POLYNOMIAL_ATTRIBUTES, POWERS, erf, rescale, wrap32
+from onnxq.custom_ops.integer_math import columns16, erf, requantized
+from onnxq.custom_ops.integer_schema import ERF, LINEAR_INPUTS, OUTPUT_FACTOR
 from onnxq.custom_ops.registry import DOMAIN, Attribute, Operator
 
 Array = np.ndarray[Any, Any]
@@ -44,7 +45,7 @@ def _build_function() -> onnx.FunctionProto:
     from onnxscript.values import Opset
 
     domain = Opset(DOMAIN, 1)
-    table = onnx.numpy_helper.from_array(POWERS, "powers")
+    none = onnx.numpy_helper.from_array(np.zeros(1, np.int32), "none")
     zero16 = onnx.numpy_helper.from_array(np.array(0, np.int16), "zero")
 
     @script(domain, default_opset=op)
@@ -71,7 +72,6 @@ def _build_function() -> onnx.FunctionProto:
         low: int,
         high: int,
     ):
-        powers = op.Constant(value=table)
         wide = op.Cast(
             domain.Requantize(
                 x, bias, multiplier, shift, op.Constant(value=zero16), low=-32767, high=32767
@@ -93,16 +93,16 @@ def _build_function() -> onnx.FunctionProto:
             erf_shift=erf_shift,
         )
         product = op.Mul(wide, op.Add(op.Cast(erf32, to=_INT64), op.Constant(value_int=one)))
-        out_power = op.Gather(powers, op.Constant(value_int=out_shift))
-        scaled = op.Mul(product, op.Constant(value_int=out_multiplier))
-        raised = op.Add(scaled, op.Div(out_power, op.Constant(value_int=2)))
-        rounded = op.Div(op.Sub(raised, op.Mod(raised, out_power)), out_power)
-        moved = op.Add(rounded, op.Cast(zero_point, to=_INT64))
-        least = op.Constant(value_int=low)
-        most = op.Constant(value_int=high)
-        capped = op.Where(op.Greater(moved, most), most, moved)
-        clipped = op.Where(op.Less(capped, least), least, capped)
-        y = op.CastLike(clipped, zero_point)
+        one_number = op.Constant(value_ints=[1])
+        y = domain.Requantize(
+            op.Cast(product, to=_INT32),
+            op.Constant(value=none),
+            op.Cast(op.Reshape(op.Constant(value_int=out_multiplier), one_number), to=_INT32),
+            op.Cast(op.Reshape(op.Constant(value_int=out_shift), one_number), to=_INT32),
+            zero_point,
+            low=low,
+            high=high,
+        )
         return y  # noqa: RET504  (names the output)
 
     proto: onnx.FunctionProto = IntegerGelu.to_function_proto()
@@ -113,37 +113,19 @@ def reference(
     x: Array, bias: Array, multiplier: Array, shift: Array, zero_point: Array, **attributes: int
 ) -> tuple[Array]:
     """See the operator's documentation."""
-    total = wrap32(x.astype(np.int64) + bias)
-    wide = np.clip(rescale(total, multiplier, shift), -32767, 32767)
+    wide = columns16(x, bias, multiplier, shift)
     product = wide * (erf(wide, attributes) + attributes["one"])
-    moved = rescale(product, attributes["out_multiplier"], attributes["out_shift"])
-    clipped = np.clip(moved + int(zero_point), attributes["low"], attributes["high"])
-    return (clipped.astype(zero_point.dtype),)
+    return (requantized(product, zero_point, attributes),)
 
 
 OPERATOR = Operator(
     name="IntegerGelu",
     doc=_DOC,
-    inputs={
-        "x": "`[..., N]` i32 or i16",
-        "bias": "`[N]` or `[1]` i32",
-        "multiplier": "`[N]` or `[1]` i32",
-        "shift": "`[N]` or `[1]` i32, 1 to 62",
-        "zero_point": "`[]` i8, u8 or i16",
-    },
+    inputs=LINEAR_INPUTS,
     outputs={"y": "`[..., N]`, the type of zero_point"},
     min_opset=18,
     build_function=_build_function,
     reference=reference,
-    attributes=(
-        Attribute("bound", "INT", "where erf reaches 1, in steps of t"),
-        *POLYNOMIAL_ATTRIBUTES,
-        Attribute("erf_shift", "INT", "of the value of the polynomial"),
-        Attribute("one", "INT", "1 in steps of erf"),
-        Attribute("out_multiplier", "INT", "of the product, any sign"),
-        Attribute("out_shift", "INT", "of the product, 1 to 62"),
-        Attribute("low", "INT", "least value of y"),
-        Attribute("high", "INT", "largest value of y"),
-    ),
+    attributes=(*ERF, Attribute("one", "INT", "1 in steps of erf"), *OUTPUT_FACTOR),
     typed_by="zero_point",
 )

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnxq.custom_ops.integer_math import POWERS, round_shift, square_root
-from onnxq.custom_ops.registry import DOMAIN, Attribute, Operator
+from onnxq.custom_ops.integer_math import POWERS, normalized, round_shift
+from onnxq.custom_ops.integer_schema import NORM
+from onnxq.custom_ops.registry import DOMAIN, Operator
 
 Array = np.ndarray[Any, Any]
 
@@ -88,10 +89,8 @@ def reference(
 ) -> tuple[Array]:
     """See the operator's documentation."""
     v = x.astype(np.int64)
-    squares = ((v >> shift) ** 2).sum(axis=-1, keepdims=True)
-    deviation = np.maximum(square_root(squares + epsilon), 1) << shift
-    normal = v * ((1 << 31) // deviation) >> 1
-    rounded = round_shift(normal * multiplier.astype(np.int64), out_shift)
+    scaled = normalized(v, shift, epsilon) * multiplier.astype(np.int64)
+    rounded = round_shift(scaled, out_shift)
     return (np.clip(rounded, low, high).astype(np.int16),)
 
 
@@ -103,11 +102,5 @@ OPERATOR = Operator(
     min_opset=18,
     build_function=_build_function,
     reference=reference,
-    attributes=(
-        Attribute("shift", "INT", "before squaring, 0 to 15"),
-        Attribute("epsilon", "INT", "added to the sum of squares"),
-        Attribute("out_shift", "INT", "of the multiplier, 1 to 62"),
-        Attribute("low", "INT", "least value of y"),
-        Attribute("high", "INT", "largest value of y"),
-    ),
+    attributes=NORM,
 )

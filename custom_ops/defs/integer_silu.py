@@ -7,14 +7,10 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnxq.custom_ops.integer_math import (
-    POLYNOMIAL_ATTRIBUTES,
-    POWERS,
-    exponential,
-    rescale,
-    wrap32,
-)
-from onnxq.custom_ops.registry import DOMAIN, Attribute, Operator
+from onnxq.custom_ops.integer_math import columns16, exponential, requantized
+from onnxq.custom_ops.integer_schema import LINEAR_INPUTS, OUTPUT_FACTOR
+from onnxq.custom_ops.integer_schema import exponential as exp_attributes
+from onnxq.custom_ops.registry import DOMAIN, Operator
 from onnxq.solvers.integer_only import EXP_ONE
 
 Array = np.ndarray[Any, Any]
@@ -48,7 +44,7 @@ def _build_function() -> onnx.FunctionProto:
     from onnxscript.values import Opset
 
     domain = Opset(DOMAIN, 1)
-    table = onnx.numpy_helper.from_array(POWERS, "powers")
+    none = onnx.numpy_helper.from_array(np.zeros(1, np.int32), "none")
     zero16 = onnx.numpy_helper.from_array(np.array(0, np.int16), "zero")
 
     @script(domain, default_opset=op)
@@ -75,7 +71,6 @@ def _build_function() -> onnx.FunctionProto:
         low: int,
         high: int,
     ):
-        powers = op.Constant(value=table)
         wide = op.Cast(
             domain.Requantize(
                 x, bias, multiplier, shift, op.Constant(value=zero16), low=-32767, high=32767
@@ -102,16 +97,16 @@ def _build_function() -> onnx.FunctionProto:
         lower = op.Sub(op.Constant(value_int=32768), upper)
         gate = op.Where(op.Less(wide, op.Constant(value_int=0)), lower, upper)
         product = op.Mul(wide, gate)
-        out_power = op.Gather(powers, op.Constant(value_int=out_shift))
-        scaled = op.Mul(product, op.Constant(value_int=out_multiplier))
-        raised = op.Add(scaled, op.Div(out_power, op.Constant(value_int=2)))
-        rounded = op.Div(op.Sub(raised, op.Mod(raised, out_power)), out_power)
-        moved = op.Add(rounded, op.Cast(zero_point, to=_INT64))
-        least = op.Constant(value_int=low)
-        most = op.Constant(value_int=high)
-        capped = op.Where(op.Greater(moved, most), most, moved)
-        clipped = op.Where(op.Less(capped, least), least, capped)
-        y = op.CastLike(clipped, zero_point)
+        one_number = op.Constant(value_ints=[1])
+        y = domain.Requantize(
+            op.Cast(product, to=_INT32),
+            op.Constant(value=none),
+            op.Cast(op.Reshape(op.Constant(value_int=out_multiplier), one_number), to=_INT32),
+            op.Cast(op.Reshape(op.Constant(value_int=out_shift), one_number), to=_INT32),
+            zero_point,
+            low=low,
+            high=high,
+        )
         return y  # noqa: RET504  (names the output)
 
     proto: onnx.FunctionProto = IntegerSilu.to_function_proto()
@@ -122,39 +117,21 @@ def reference(
     x: Array, bias: Array, multiplier: Array, shift: Array, zero_point: Array, **attributes: int
 ) -> tuple[Array]:
     """See the operator's documentation."""
-    total = wrap32(x.astype(np.int64) + bias)
-    wide = np.clip(rescale(total, multiplier, shift), -32767, 32767)
+    wide = columns16(x, bias, multiplier, shift)
     exp = {"multiplier": attributes["exp_multiplier"], "shift": attributes["exp_shift"]}
     gate = (EXP_ONE << 15) // (EXP_ONE + exponential(-np.abs(wide), {**attributes, **exp}))
     gate = np.where(wide < 0, (1 << 15) - gate, gate)
-    moved = rescale(wide * gate, attributes["out_multiplier"], attributes["out_shift"])
-    clipped = np.clip(moved + int(zero_point), attributes["low"], attributes["high"])
-    return (clipped.astype(zero_point.dtype),)
+    return (requantized(wide * gate, zero_point, attributes),)
 
 
 OPERATOR = Operator(
     name="IntegerSilu",
     doc=_DOC,
-    inputs={
-        "x": "`[..., N]` i32 or i16",
-        "bias": "`[N]` or `[1]` i32",
-        "multiplier": "`[N]` or `[1]` i32",
-        "shift": "`[N]` or `[1]` i32, 1 to 62",
-        "zero_point": "`[]` i8, u8 or i16",
-    },
+    inputs=LINEAR_INPUTS,
     outputs={"y": "`[..., N]`, the type of zero_point"},
     min_opset=18,
     build_function=_build_function,
     reference=reference,
-    attributes=(
-        Attribute("ln2", "INT", "ln 2 in steps of t"),
-        *POLYNOMIAL_ATTRIBUTES,
-        Attribute("exp_multiplier", "INT", "of the value of the polynomial"),
-        Attribute("exp_shift", "INT", "of the value of the polynomial"),
-        Attribute("out_multiplier", "INT", "of the product, any sign"),
-        Attribute("out_shift", "INT", "of the product, 1 to 62"),
-        Attribute("low", "INT", "least value of y"),
-        Attribute("high", "INT", "largest value of y"),
-    ),
+    attributes=(*exp_attributes("exp_"), *OUTPUT_FACTOR),
     typed_by="zero_point",
 )

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnxq.custom_ops.integer_math import POLYNOMIAL_ATTRIBUTES, exponential, wrap32
+from onnxq.custom_ops.integer_math import exponential, wrap32
+from onnxq.custom_ops.integer_schema import exponential as exp_attributes
 from onnxq.custom_ops.registry import DOMAIN, Attribute, Operator
 
 Array = np.ndarray[Any, Any]
@@ -124,10 +125,7 @@ OPERATOR = Operator(
     build_function=_build_function,
     reference=reference,
     attributes=(
-        Attribute("ln2", "INT", "ln 2 in steps of x"),
-        *POLYNOMIAL_ATTRIBUTES,
-        Attribute("multiplier", "INT", "of the value of the polynomial"),
-        Attribute("shift", "INT", "of the value of the polynomial"),
+        *exp_attributes(),
         Attribute("bits", "INT", "of the output, 1 to 8"),
         Attribute("rounding", "INT", "0 down, 1 to nearest"),
     ),

@@ -8,7 +8,8 @@ import numpy as np
 import onnx
 
 from onnxq.custom_ops.integer_math import POWERS, rescale, wrap32
-from onnxq.custom_ops.registry import DOMAIN, Attribute, Operator
+from onnxq.custom_ops.integer_schema import LIMITS, LINEAR_INPUTS
+from onnxq.custom_ops.registry import DOMAIN, Operator
 
 Array = np.ndarray[Any, Any]
 
@@ -81,20 +82,11 @@ def reference(
 OPERATOR = Operator(
     name="Requantize",
     doc=_DOC,
-    inputs={
-        "x": "`[..., N]` i32 or i16",
-        "bias": "`[N]` or `[1]` i32",
-        "multiplier": "`[N]` or `[1]` i32",
-        "shift": "`[N]` or `[1]` i32, 1 to 62",
-        "zero_point": "`[]` i8, u8 or i16",
-    },
+    inputs=LINEAR_INPUTS,
     outputs={"y": "`[..., N]`, the type of zero_point"},
     min_opset=18,
     build_function=_build_function,
     reference=reference,
-    attributes=(
-        Attribute("low", "INT", "least value of y"),
-        Attribute("high", "INT", "largest value of y"),
-    ),
+    attributes=LIMITS,
     typed_by="zero_point",
 )

@@ -21,6 +21,7 @@ from onnxq.formats import Granularity, parse_format
 from onnxq.solvers.hadamard import hadamard_matrix
 from tests.custom_ops import exact
 from tests.custom_ops.integer_cases import INTEGER_CASES, Raw
+from tests.custom_ops.integer_random import random_integer_case
 
 Array = np.ndarray[Any, Any]
 Inputs = dict[str, Array]
@@ -413,8 +414,7 @@ _EXACT: dict[str, Callable[[Inputs, Mapping[str, Any]], tuple[Array, Array]]] = 
 def random_case(op_name: str, dtype: str, rng: np.random.Generator) -> Case:
     """A case of random extents, types and values."""
     if op_name in INTEGER_CASES:
-        cases = list(CASES[op_name](dtype))
-        return cases[int(rng.integers(len(cases)))]
+        return Case(*random_integer_case(op_name, dtype, rng))
     if op_name == "DynamicQuantizePerToken":
         return Case("random", {"x": random_input(dtype, rng)})
     if op_name in ("Hadamard", "HadamardQuantize"):

@@ -257,6 +257,11 @@ def softmax(dtype: str) -> Iterator[Raw]:
         yield f"pairs {scale}", {"x": pairs, "mask": none}, {}, attributes(scale), False
     x = (rng.normal(size=(3, 5001)) * 900).astype(np.int32)
     yield "wide", {"x": x, "mask": none}, {}, attributes(rounding=1), False
+    x = (rng.normal(size=(1, 65_536 + 77)) * 4000).astype(np.int32)
+    yield "beyond a sum's chunk", {"x": x, "mask": none}, {}, attributes(), False
+    all_masked = np.full((33,), -(2**26), np.int32)
+    x = rng.integers(-9000, 9000, size=(5, 33)).astype(np.int32)
+    yield "all masked", {"x": x, "mask": all_masked}, {}, attributes(rounding=1), False
     rows = rng.integers(-(2**31), 2**31, size=(9, 40)).astype(np.int32)
     rows[1], rows[2], rows[3] = -(2**31), 2**31 - 1, 0
     rows[4], rows[4, 7] = -(2**31), 2**31 - 1
