@@ -13,7 +13,7 @@ from tests.custom_ops.cases import Case, agrees, model_of
 from tests.custom_ops.integer_cases import INTEGER_CASES
 from tests.custom_ops.integer_random import random_integer_case
 
-ROUNDS = 8
+ROUNDS = 4
 KINDS = ("int8", "uint8", "int16")
 
 
