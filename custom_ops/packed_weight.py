@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from onnxq.custom_ops.defs.quant_mat_mul import NO_ORDER
 from onnxq.custom_ops.layout import LAYOUT, pack_codes, pack_groups
 from onnxq.errors import UnsupportedError
 from onnxq.formats import Format, IntFormat, Params
@@ -34,7 +35,7 @@ class PackedWeight:
     """What stands behind ``x`` in a QuantMatMul node.
 
     Attributes:
-        inputs: arrays for ``codes``, ``scales``, ``zero_points``, ``levels`` and ``bias``.
+        inputs: arrays for ``codes``, ``scales``, ``zero_points``, ``levels``, ``bias``, ``order``.
         attributes: every attribute of the node.
     """
 
@@ -47,7 +48,7 @@ def pack_weight(
     codes: Array,
     params: Params,
     *,
-    int8_activations: bool,
+    int8_activations: int,
     scale_type: ScaleType = "float16",
     bias: Array | None = None,
 ) -> PackedWeight:
@@ -57,7 +58,8 @@ def pack_weight(
         fmt: of at most 8 bits, with one scale a group (and one zero point, for integers).
         codes: ``[N, K]``, in the code dtype of the format.
         params: scales with granularity ``block(1, g)`` or ``channel(0)``.
-        int8_activations: quantize rows of activations to INT8 inside of the kernel.
+        int8_activations: quantize activations to INT8 inside of the kernel: 1 (or True) with a
+            scale a row, 2 with one a group of columns.
         scale_type: how float scales are stored; MX and NVFP4 keep their own 8 bits.
         bias: ``[N]``.
 
@@ -114,8 +116,9 @@ def pack_table(
     zero_point: Array | None = None,
     factor: float = 1.0,
     scale_type: ScaleType = "float16",
-    int8_activations: bool,
+    int8_activations: int,
     bias: Array | None = None,
+    order: Array | None = None,
 ) -> PackedWeight:
     """Pack ``(levels[codes] - zero_point) * scale * factor``.
 
@@ -128,8 +131,10 @@ def pack_table(
         factor: of the whole weight.
         scale_type: of the stored scales; ``e8m0`` and ``e4m3`` must be exact, ``int16`` is for
             4-bit integers with INT8 activations (Integer Scale, arXiv 2405.14597).
-        int8_activations: quantize rows of activations to INT8 inside of the kernel.
+        int8_activations: quantize activations to INT8 inside of the kernel: 1 (or True) with a
+            scale a row, 2 with one a group of columns.
         bias: ``[N]``.
+        order: ``[K]``, the column of the activations that each column of the codes meets.
 
     Raises:
         UnsupportedError: ``UNSUPPORTED-PACK``: a group or scale that the operator does not take, or
@@ -150,9 +155,10 @@ def pack_table(
         )
     zero = np.full((n, 1), offset) if zero_point is None else zero_point.astype(np.int32) + offset
     if scale_type == "int16":
-        if not int8_activations or bits != 4 or (np.diff(table) != 1).any():
+        if int8_activations != 1 or bits != 4 or (np.diff(table) != 1).any():
             raise _unsupported(
-                "integer scales but for 4-bit integers with INT8 activations", "use float16 scales"
+                "integer scales but for 4-bit integers with INT8 activations, a scale a row",
+                "use float16 scales",
             )
         lengths = np.minimum(group, k - np.arange(0, k, group))
         stored, unit = _integer_scales(scale, lengths * _reach(table, zero))
@@ -164,6 +170,7 @@ def pack_table(
         "zero_points": _stored_zero_points(zero, stored.shape),
         "levels": (table / np.float32(step)).astype(np.float32),
         "bias": np.zeros(1, np.float32) if bias is None else bias.astype(np.float32),
+        "order": NO_ORDER if order is None else order.astype(np.int32),
     }
     attributes = {
         "K": k,

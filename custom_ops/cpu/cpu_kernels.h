@@ -39,13 +39,14 @@ template <ElementType type>
 class QuantMatMul {
  public:
   static constexpr const char* kName = "QuantMatMul";
-  // x, codes, scales (of several types), zero_points, levels, bias.
-  static constexpr std::array<ElementType, 6> kInputs = {type,
+  // x, codes, scales (of several types), zero_points, levels, bias, order.
+  static constexpr std::array<ElementType, 7> kInputs = {type,
                                                          ElementType::kUint8,
                                                          ElementType::kUndefined,
                                                          ElementType::kInt8,
                                                          ElementType::kFloat32,
-                                                         ElementType::kFloat32};
+                                                         ElementType::kFloat32,
+                                                         ElementType::kInt32};
   static constexpr std::array<ElementType, 1> kOutputs = {type};
 
   static ort::OrtStatus* Create(const Api& api, const ort::OrtKernelInfo* info,
@@ -56,9 +57,35 @@ class QuantMatMul {
  private:
   using T = std::conditional_t<type == ElementType::kFloat16, uint16_t, float>;
   PackedLinear linear_;
+  bool order_checked_ = false;  // a constant of the model
 };
 
-// The same with columns of outliers in float; see defs/dynamic_quant_mat_mul.py.
+// q: [..., K] i8 and q_scale: [..., 1] or [..., G] f32 times packed weights -> y: [..., N] f32; see
+// defs/quant_mat_mul_int8.py.
+template <ElementType type>
+class QuantMatMulInt8 {
+ public:
+  static constexpr const char* kName = "QuantMatMulInt8";
+  // q, q_scale, codes, scales (of several types), zero_points, levels, bias.
+  static constexpr std::array<ElementType, 7> kInputs = {type,
+                                                         ElementType::kFloat32,
+                                                         ElementType::kUint8,
+                                                         ElementType::kUndefined,
+                                                         ElementType::kInt8,
+                                                         ElementType::kFloat32,
+                                                         ElementType::kFloat32};
+  static constexpr std::array<ElementType, 1> kOutputs = {ElementType::kFloat32};
+
+  static ort::OrtStatus* Create(const Api& api, const ort::OrtKernelInfo* info,
+                                QuantMatMulInt8* kernel);
+  static ort::OrtStatus* InferShapes(const Api& api, ort::OrtShapeInferContext* context);
+  ort::OrtStatus* Compute(const Api& api, ort::OrtKernelContext* context) const;
+
+ private:
+  PackedLinear linear_;
+};
+
+// The same as QuantMatMul with columns of outliers in float; see defs/dynamic_quant_mat_mul.py.
 template <ElementType type>
 class DynamicQuantMatMul {
  public:

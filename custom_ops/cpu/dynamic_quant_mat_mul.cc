@@ -43,9 +43,9 @@ void MoveColumns(float* x, int64_t m, int64_t k, const int64_t* columns, int64_t
 template <ElementType type>
 ort::OrtStatus* DynamicQuantMatMul<type>::Create(const Api& api, const ort::OrtKernelInfo* info,
                                                  DynamicQuantMatMul* kernel) {
-  ONNXQ_RETURN_IF_ERROR(kernel->linear_.Create(api, info, kName));
+  ONNXQ_RETURN_IF_ERROR(kernel->linear_.Create(api, info, kName, 1));
   ONNXQ_RETURN_IF_ERROR(api.KernelInfoGetAttribute_float(info, "threshold", &kernel->threshold_));
-  if (!kernel->linear_.attributes().int8_activations)
+  if (kernel->linear_.attributes().activations != Activations::kInt8)
     return Error(api, kName, "int8_activations must be 1; QuantMatMul takes float activations");
   if (!(kernel->threshold_ >= 0 && std::isfinite(kernel->threshold_)))
     return Error(api, kName, "the threshold is negative or not finite");
@@ -124,7 +124,8 @@ ort::OrtStatus* DynamicQuantMatMul<type>::Compute(const Api& api,
   ONNXQ_RETURN_IF_ERROR(moved.Allocate(linear_.allocator()));
   MoveColumns(inner, m, k, columns, count, moved.Get<float>(moved_at));
 
-  ONNXQ_RETURN_IF_ERROR(linear_.Multiply(api, context, weights, inner, m, bias, sums, false));
+  ONNXQ_RETURN_IF_ERROR(
+      linear_.Multiply(api, context, weights, inner, nullptr, m, bias, sums, false));
   if (count > 0) {
     const ColumnProduct product = {&weights, columns, count, moved.Get<float>(moved_at), m, sums};
     const int64_t panels = (n + kPanel - 1) / kPanel;

@@ -21,6 +21,15 @@ void Quantize(const PerTokenRows& rows, const uint16_t* x, int64_t n, int64_t k,
   rows.float16(x, n, k, q, s);
 }
 
+template <class T>
+void QuantizeGroupsOf(const PerTokenRows& rows, const T* x, int64_t k, int64_t group, int8_t* q,
+                      float* scale) {
+  const int64_t whole = k / group;
+  const int64_t done = whole * group;
+  Quantize(rows, x, whole, group, q, scale);
+  if (done < k) Quantize(rows, x + done, 1, k - done, q + done, scale + whole);
+}
+
 }  // namespace
 
 const PerTokenRows* PerTokenRowsFor(Isa isa) {
@@ -39,10 +48,11 @@ const PerTokenRows* PerTokenRowsFor(Isa isa) {
 
 void QuantizeGroups(const PerTokenRows& rows, const float* x, int64_t k, int64_t group, int8_t* q,
                     float* scale) {
-  const int64_t whole = k / group;
-  const int64_t done = whole * group;
-  rows.float32(x, whole, group, q, scale);
-  if (done < k) rows.float32(x + done, 1, k - done, q + done, scale + whole);
+  QuantizeGroupsOf(rows, x, k, group, q, scale);
+}
+void QuantizeGroups(const PerTokenRows& rows, const uint16_t* x, int64_t k, int64_t group,
+                    int8_t* q, float* scale) {
+  QuantizeGroupsOf(rows, x, k, group, q, scale);
 }
 
 template <ElementType type>

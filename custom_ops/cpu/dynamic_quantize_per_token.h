@@ -21,6 +21,8 @@ const PerTokenRows* PerTokenRowsFor(Isa isa);
 // scale: [ceil(k / group)].
 void QuantizeGroups(const PerTokenRows& rows, const float* x, int64_t k, int64_t group, int8_t* q,
                     float* scale);
+void QuantizeGroups(const PerTokenRows& rows, const uint16_t* x, int64_t k, int64_t group,
+                    int8_t* q, float* scale);
 
 extern const PerTokenRows kPerTokenScalar;
 #if defined(__x86_64__)

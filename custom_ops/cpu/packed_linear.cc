@@ -16,11 +16,6 @@ constexpr int64_t kMinGroup = 16;
 constexpr int64_t kMaxExtent = int64_t{1} << 30;  // no product of extents overflows
 constexpr int64_t kMaxIntegerGroup = 65536;       // 127 * 255 * 65536 < 2^31
 
-// A task costs more than it does below this: bytes of weights for few rows, elements to quantize.
-constexpr int64_t kBytesPerTask = 131072;
-constexpr int64_t kElementsPerTask = 16384;
-constexpr int64_t kSerialWork = 65536;  // products in all
-
 constexpr std::array<const char*, 5> kConstantNames = {"codes", "scales", "zero_points", "levels",
                                                        "bias"};
 
@@ -65,7 +60,10 @@ ort::OrtStatus* ReadAttributes(const Api& api, const ort::OrtKernelInfo* info, c
     ONNXQ_RETURN_IF_ERROR(api.KernelInfoGetAttribute_int64(info, key, value));
   }
   ONNXQ_RETURN_IF_ERROR(api.KernelInfoGetAttribute_float(info, "factor", &a->factor));
-  a->int8_activations = int8_activations != 0;
+  if (int8_activations < 0 || int8_activations > 2)
+    return Error(api, name,
+                 "int8_activations = " + std::to_string(int8_activations) + " is not 0 to 2");
+  a->activations = static_cast<Activations>(int8_activations);
   a->exponent_scales = exponent_scales != 0;
   LevelKind kind;
   const auto refuse = [&](const std::string& cause) { return Error(api, name, cause); };
@@ -80,7 +78,7 @@ ort::OrtStatus* ReadAttributes(const Api& api, const ort::OrtKernelInfo* info, c
   if (a->group < kMinGroup && a->group < a->k)
     return refuse("groups of " + std::to_string(a->group) + "; the least is 16, or all of K");
   if (a->group % 4 != 0 && a->group < a->k) return refuse("the group is not a multiple of 4");
-  if (a->int8_activations && std::min(a->group, a->k) > kMaxIntegerGroup)
+  if (a->integers() && std::min(a->group, a->k) > kMaxIntegerGroup)
     return refuse("groups above 65536 overflow integer sums");
   if (!std::isfinite(a->factor)) return refuse("the factor is not finite");
   a->group = std::min(a->group, a->k);
@@ -136,7 +134,7 @@ bool ClassifyLevels(const QuantMatMulAttributes& a, const float* levels, QuantWe
     w->top = static_cast<uint8_t>(count - 1);
     return true;
   }
-  if (!a.int8_activations) return true;
+  if (!a.integers()) return true;
   if (count > kMaxByteLevels) return false;
   const auto [least, most] = std::minmax_element(levels, levels + count);
   if (!(std::fabs(*least) <= 512.0F && *most - *least <= 255.0F)) return false;
@@ -210,8 +208,10 @@ ort::OrtStatus* Prepare(const Api& api, const char* name, const QuantMatMulAttri
   if (!ClassifyLevels(a, static_cast<const float*>(levels.data), w))
     return Error(api, name, "with integer activations levels must be integers 255 apart at most");
   if (w->integer_scales()) {
-    if (!a.int8_activations || w->kind != LevelKind::kAffine4)
+    if (!a.integers() || w->kind != LevelKind::kAffine4)
       return Error(api, name, "integer scales need integer activations and 4-bit levels one apart");
+    if (a.activations == Activations::kInt8Groups)
+      return Error(api, name, "integer scales need one scale a row of activations");
     ONNXQ_RETURN_IF_ERROR(CheckIntegerSums(api, name, *w));
   }
   *bias = {static_cast<const float*>(biases.data), biases.shape == expected[4] ? 1 : 0};
@@ -234,52 +234,12 @@ ort::OrtStatus* CheckScales(const Api& api, const char* name, const QuantWeights
   return nullptr;
 }
 
-void QuantizeRow(const PerTokenRows& rows, const float* x, int64_t k, int8_t* q, float* scale) {
-  rows.float32(x, 1, k, q, scale);
-}
-void QuantizeRow(const PerTokenRows& rows, const uint16_t* x, int64_t k, int8_t* q, float* scale) {
-  rows.float16(x, 1, k, q, scale);
-}
-
-// Runs `task` for all indices: on the pool, or here when there is little to do.
-template <class Task>
-ort::OrtStatus* ForAll(const Api& api, const ort::OrtKernelContext* context, int64_t total,
-                       bool serial, const Task& task) {
-  if (serial) {
-    for (int64_t i = 0; i < total; ++i) task(static_cast<size_t>(i));
-    return nullptr;
-  }
-  return ParallelFor(api, context, static_cast<size_t>(total), task);
-}
-
-ort::OrtStatus* Run(const Api& api, const ort::OrtKernelContext* context,
-                    const QuantMatMulKernels& kernels, bool integers, const QuantProduct& product) {
-  const QuantWeights& w = *product.weights;
-  const int64_t panels = CeilDivide(w.n, kPanel);
-  const bool serial = product.m * w.n * w.k <= kSerialWork;
-  if (product.m <= kSmallRows) {
-    const int64_t per_task = 2 * CeilDivide(kBytesPerTask, 2 * w.steps * w.code_bytes());
-    const auto small = integers ? kernels.int8_small : kernels.float_small;
-    return ForAll(api, context, CeilDivide(panels, per_task), serial, [&](size_t task) {
-      const int64_t first = static_cast<int64_t>(task) * per_task;
-      small(product, first, std::min(panels, first + per_task));
-    });
-  }
-  const int64_t blocks = CeilDivide(product.m, kBlockRows);
-  const int64_t rows = CeilDivide(product.m, blocks);
-  const auto block = integers ? kernels.int8_block : kernels.float_block;
-  return ForAll(api, context, CeilDivide(panels, 2) * blocks, serial, [&](size_t task) {
-    const int64_t first = static_cast<int64_t>(task) / blocks * 2;
-    const int64_t row = static_cast<int64_t>(task) % blocks * rows;
-    block(product, first, std::min(panels, first + 2), row, std::min(rows, product.m - row));
-  });
-}
-
 }  // namespace
 
 ort::OrtStatus* PackedLinear::Create(const Api& api, const ort::OrtKernelInfo* info,
-                                     const char* name) {
+                                     const char* name, size_t first_input) {
   name_ = name;
+  first_input_ = first_input;
   Isa isa;
   std::string error;
   if (!SelectIsa(&isa, &error)) return Error(api, name, error);
@@ -290,7 +250,7 @@ ort::OrtStatus* PackedLinear::Create(const Api& api, const ort::OrtKernelInfo* i
   std::array<InputTensor, 5> constants;
   for (size_t i = 0; i < constants.size(); ++i) {
     bool found = false;
-    ONNXQ_RETURN_IF_ERROR(GetConstantInput(api, info, i + 1, &found, &constants[i]));
+    ONNXQ_RETURN_IF_ERROR(GetConstantInput(api, info, first_input + i, &found, &constants[i]));
     if (!found) return nullptr;
   }
   ONNXQ_RETURN_IF_ERROR(Prepare(api, name, attributes_, constants, &weights_, &bias_));
@@ -303,7 +263,8 @@ ort::OrtStatus* PackedLinear::Create(const Api& api, const ort::OrtKernelInfo* i
   return nullptr;
 }
 
-ort::OrtStatus* PackedLinear::InferShapes(const Api& api, ort::OrtShapeInferContext* context) {
+ort::OrtStatus* PackedLinear::InferShapes(const Api& api, ort::OrtShapeInferContext* context,
+                                          ElementType type) {
   SymbolicShape shape;
   ONNXQ_RETURN_IF_ERROR(GetInputShape(api, context, 0, &shape));
   // Rank 0 also stands for "not known yet"; Compute refuses a true scalar.
@@ -316,7 +277,8 @@ ort::OrtStatus* PackedLinear::InferShapes(const Api& api, ort::OrtShapeInferCont
   shape.dims.back() = n;
   shape.names.back().clear();
   // Not the kernel's own type: ONNX Runtime asks one kernel of the operator for all of them.
-  return SetOutputShape(api, context, 0, shape.type, shape);
+  return SetOutputShape(api, context, 0, type == ElementType::kUndefined ? shape.type : type,
+                        shape);
 }
 
 ort::OrtStatus* PackedLinear::Bind(const Api& api, const ort::OrtKernelContext* context,
@@ -326,74 +288,9 @@ ort::OrtStatus* PackedLinear::Bind(const Api& api, const ort::OrtKernelContext* 
   if (prepared_) return nullptr;
   std::array<InputTensor, 5> inputs;
   for (size_t i = 0; i < inputs.size(); ++i) {
-    ONNXQ_RETURN_IF_ERROR(GetInput(api, context, i + 1, &inputs[i]));
+    ONNXQ_RETURN_IF_ERROR(GetInput(api, context, first_input_ + i, &inputs[i]));
   }
   return Prepare(api, name_, attributes_, inputs, weights, bias);
 }
-
-template <class T>
-ort::OrtStatus* PackedLinear::Multiply(const Api& api, const ort::OrtKernelContext* context,
-                                       const QuantWeights& weights, const T* from, int64_t m,
-                                       QuantBias bias, void* y, bool y_half) const {
-  const int64_t k = attributes_.k;
-  QuantProduct product{};
-  product.weights = &weights;
-  product.m = m;
-  product.bias = bias;
-  product.y = y;
-  product.y_half = y_half;
-
-  Scratch scratch(api);
-  const bool serial = m * k <= kElementsPerTask;
-  const int64_t rows_per_task = std::max<int64_t>(1, kElementsPerTask / k);
-  const int64_t tasks = CeilDivide(m, rows_per_task);
-  const auto for_rows = [&](const auto& row_of) {
-    return ForAll(api, context, tasks, serial, [&](size_t task) {
-      const int64_t first = static_cast<int64_t>(task) * rows_per_task;
-      for (int64_t row = first; row < std::min(m, first + rows_per_task); ++row) row_of(row);
-    });
-  };
-  if (attributes_.int8_activations) {
-    // Rows a multiple of 4096 bytes apart would fall into the same few sets of a cache.
-    product.q_stride = CeilDivide(k, 64) * 64 + 64;
-    const size_t q_at = scratch.Reserve<int8_t>(m * product.q_stride);
-    const size_t starts_at = scratch.Reserve<int32_t>(m * weights.groups);
-    const size_t scale_at = scratch.Reserve<float>(m);
-    ONNXQ_RETURN_IF_ERROR(scratch.Allocate(allocator_.get()));
-    int8_t* q = scratch.Get<int8_t>(q_at);
-    int32_t* starts = scratch.Get<int32_t>(starts_at);
-    float* row_scale = scratch.Get<float>(scale_at);
-    const int32_t multiplier = weights.zero_points == nullptr ? weights.offset : 1;
-    ONNXQ_RETURN_IF_ERROR(for_rows([&](int64_t row) {
-      int8_t* to = q + row * product.q_stride;
-      QuantizeRow(*rows_, from + row * k, k, to, row_scale + row);
-      std::fill(to + k, to + 4 * weights.steps, int8_t{0});
-      kernels_->group_sums(to, weights, multiplier, starts + row * weights.groups);
-      row_scale[row] *= attributes_.factor;
-    }));
-    product.q = q;
-    product.starts = starts;
-    product.row_scale = row_scale;
-  } else if constexpr (std::is_same_v<T, uint16_t>) {
-    const size_t x_at = scratch.Reserve<float>(m * k);
-    ONNXQ_RETURN_IF_ERROR(scratch.Allocate(allocator_.get()));
-    float* wide = scratch.Get<float>(x_at);
-    ONNXQ_RETURN_IF_ERROR(for_rows([&](int64_t row) {
-      std::transform(from + row * k, from + (row + 1) * k, wide + row * k,
-                     [](uint16_t half) { return ToFloat(half); });
-    }));
-    product.x = wide;
-  } else {
-    product.x = from;
-  }
-  return Run(api, context, *kernels_, attributes_.int8_activations, product);
-}
-
-template ort::OrtStatus* PackedLinear::Multiply(const Api&, const ort::OrtKernelContext*,
-                                                const QuantWeights&, const float*, int64_t,
-                                                QuantBias, void*, bool) const;
-template ort::OrtStatus* PackedLinear::Multiply(const Api&, const ort::OrtKernelContext*,
-                                                const QuantWeights&, const uint16_t*, int64_t,
-                                                QuantBias, void*, bool) const;
 
 }  // namespace onnxq

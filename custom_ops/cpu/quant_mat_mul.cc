@@ -4,11 +4,39 @@
 #include "cpu_kernels.h"
 
 namespace onnxq {
+namespace {
+
+constexpr size_t kOrderInput = 6;
+
+// [K] places in K, or [1]: 0, which stands for no order.
+ort::OrtStatus* CheckOrder(const Api& api, const InputTensor& order, int64_t k) {
+  const char* name = "QuantMatMul";
+  const auto* places = static_cast<const int32_t*>(order.data);
+  if (order.shape != std::vector<int64_t>{k} && order.shape != std::vector<int64_t>{1})
+    return Error(
+        api, name,
+        "order has shape " + Text(order.shape) + ", not [" + std::to_string(k) + "] or [1]");
+  if (order.shape[0] != k && *places != 0)
+    return Error(api, name, "an order of one place must be 0");
+  for (int64_t i = 0; i < order.shape[0]; ++i) {
+    if (places[i] < 0 || places[i] >= k)
+      return Error(api, name,
+                   "order holds " + std::to_string(places[i]) + ", which is not in 0 to " +
+                       std::to_string(k - 1));
+  }
+  return nullptr;
+}
+
+}  // namespace
 
 template <ElementType type>
 ort::OrtStatus* QuantMatMul<type>::Create(const Api& api, const ort::OrtKernelInfo* info,
                                           QuantMatMul* kernel) {
-  return kernel->linear_.Create(api, info, kName);
+  ONNXQ_RETURN_IF_ERROR(kernel->linear_.Create(api, info, kName, 1));
+  InputTensor order;
+  ONNXQ_RETURN_IF_ERROR(GetConstantInput(api, info, kOrderInput, &kernel->order_checked_, &order));
+  if (!kernel->order_checked_) return nullptr;
+  return CheckOrder(api, order, kernel->linear_.attributes().k);
 }
 
 template <ElementType type>
@@ -28,6 +56,10 @@ ort::OrtStatus* QuantMatMul<type>::Compute(const Api& api, ort::OrtKernelContext
   QuantWeights weights;
   QuantBias bias;
   ONNXQ_RETURN_IF_ERROR(linear_.Bind(api, context, &weights, &bias));
+  InputTensor order;
+  ONNXQ_RETURN_IF_ERROR(GetInput(api, context, kOrderInput, &order));
+  if (!order_checked_) ONNXQ_RETURN_IF_ERROR(CheckOrder(api, order, a.k));
+  const auto* places = order.shape[0] == a.k ? static_cast<const int32_t*>(order.data) : nullptr;
   std::vector<int64_t> shape = x.shape;
   shape.back() = a.n;
   void* y = nullptr;
@@ -35,7 +67,7 @@ ort::OrtStatus* QuantMatMul<type>::Compute(const Api& api, ort::OrtKernelContext
   const int64_t m = std::accumulate(x.shape.begin(), x.shape.end() - 1, int64_t{1},
                                     [](int64_t p, int64_t q) { return p * q; });
   if (m == 0) return nullptr;
-  return linear_.Multiply(api, context, weights, static_cast<const T*>(x.data), m, bias, y,
+  return linear_.Multiply(api, context, weights, static_cast<const T*>(x.data), places, m, bias, y,
                           type == ElementType::kFloat16);
 }
 

@@ -19,6 +19,13 @@ static constexpr int64_t kBlockRows = 128;  // rows that share one unpacking of 
 // kInt16 (Integer Scale) keeps the sum over groups in integers; only with kAffine4.
 enum class ScaleType : int { kFloat32, kFloat16, kBfloat16, kE4M3, kE8M0, kInt16 };
 
+// Activations as they are, or INT8 with a scale a row, or with one for each group of a row.
+enum class Activations : int { kFloat, kInt8, kInt8Groups };
+
+// How the integer sum over a group joins the sum of a column: times the scale in float, in integers
+// (Integer Scale), or times the scales of the row's group and of the weight's.
+enum class GroupSum : int { kFloat, kInteger, kScaled };
+
 // How codes become levels.
 enum class LevelKind : int {
   kTable2,    // 1-bit codes, 2 levels
@@ -61,9 +68,11 @@ struct QuantMatMulAttributes {
   int64_t group = 0;
   int64_t bits = 0;
   int64_t layout = 0;
-  bool int8_activations = false;
+  Activations activations = Activations::kFloat;
   bool exponent_scales = false;  // u8 scales are powers of two
   float factor = 1;
+
+  bool integers() const { return activations != Activations::kFloat; }
 };
 
 struct QuantBias {
@@ -99,8 +108,9 @@ struct QuantProduct {
   const int8_t* q;  // [M, q_stride], zeros from K to 4 J
   int64_t q_stride;
   const int32_t* starts;   // [M, G]: sum of q over the group, times offset where no zero points are
-  const float* row_scale;  // [M]: scale of the row times factor
-  const float* x;          // [M, K]
+  const float* row_scale;  // [M]: scale of the row times factor; with group_scale [1]: factor
+  const float* group_scale;  // [M, G]: scale of each group of a row, or null
+  const float* x;            // [M, K]
   QuantBias bias;
   void* y;      // [M, N]
   bool y_half;  // y is float16

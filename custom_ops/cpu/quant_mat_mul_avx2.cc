@@ -115,7 +115,7 @@ struct Avx2 {
     }
   }
 
-  template <int rows, int panels, bool integer>
+  template <int rows, int panels, GroupSum kind>
   ONNXQ_NOINLINE static void Int8Rows(const Int8Tile& t) {
     constexpr int64_t kWidth = panels * kPanel;
     const int64_t run = ShortSteps(t.top);
@@ -152,7 +152,9 @@ struct Avx2 {
         Each<rows>([&](auto r) ONNXQ_INLINE {
           Each<2>([&](auto v) ONNXQ_INLINE {
             float* sum = t.sums + r * kWidth + c + v * kLanes;
-            _mm256_store_ps(sum, AddGroup<integer>(acc[r][v], scale[v], _mm256_load_ps(sum)));
+            _mm256_store_ps(
+                sum, AddGroup<kind>(acc[r][v], scale[v], _mm256_load_ps(sum),
+                                    RowScaleAt<kind>(t.group_scale, r * t.groups + now.group)));
           });
         });
       }
@@ -160,7 +162,7 @@ struct Avx2 {
     }
   }
 
-  template <int rows, LevelKind kind, bool integer>
+  template <int rows, LevelKind kind, GroupSum sums_as>
   ONNXQ_NOINLINE static void Int8Panel(const QuantProduct& p, int64_t panel, float* sums) {
     const QuantWeights& w = *p.weights;
     constexpr int64_t kBytes = StepBytes(kind);
@@ -187,9 +189,10 @@ struct Avx2 {
           LoadStep<kind>(w, codes + i * kBytes, h, table, b);
         });
         Each<2>([&](auto v) ONNXQ_INLINE {
-          sum[2 * h + v] = AddGroup<integer>(
-              acc[0][v], GroupScales<integer>(w.scale_type, w.scales, at + h * kPair + v * kLanes),
-              sum[2 * h + v]);
+          constexpr bool kInteger = sums_as == GroupSum::kInteger;
+          sum[2 * h + v] = AddGroup<sums_as>(
+              acc[0][v], GroupScales<kInteger>(w.scale_type, w.scales, at + h * kPair + v * kLanes),
+              sum[2 * h + v], RowScaleAt<sums_as>(p.group_scale, g));
         });
       });
     }

@@ -46,7 +46,7 @@ struct Avx512vnni {
   }
 
   // Float sums stay in registers beside the integer ones: groups end too often to go to memory.
-  template <int rows, int panels, bool integer>
+  template <int rows, int panels, GroupSum kind>
   ONNXQ_NOINLINE static void Int8Rows(const Int8Tile& t) {
     constexpr int kVectors = 2 * panels;
     constexpr int64_t kWidth = panels * kPanel;
@@ -98,7 +98,8 @@ struct Avx512vnni {
         Each<kVectors>([&](auto v) ONNXQ_INLINE {
           const __m512 scale = _mm512_load_ps(scales + v * kLanes);
           Each<rows>([&](auto r) ONNXQ_INLINE {
-            sum[r][v] = AddGroup<integer>(acc[r][v], scale, sum[r][v]);
+            sum[r][v] = AddGroup<kind>(acc[r][v], scale, sum[r][v],
+                                       RowScaleAt<kind>(t.group_scale, r * t.groups + now.group));
           });
         });
       } else {
@@ -116,7 +117,7 @@ struct Avx512vnni {
     });
   }
 
-  template <int rows, LevelKind kind, bool integer>
+  template <int rows, LevelKind kind, GroupSum sums_as>
   ONNXQ_NOINLINE static void Int8Panel(const QuantProduct& p, int64_t panel, float* sums) {
     const QuantWeights& w = *p.weights;
     constexpr int64_t kBytes = StepBytes(kind);
@@ -187,7 +188,8 @@ struct Avx512vnni {
       Each<2>([&](auto v) ONNXQ_INLINE {
         const __m512 scale = _mm512_load_ps(scales + g % kAhead * kPanel + v * kLanes);
         Each<rows>([&](auto r) ONNXQ_INLINE {
-          sum[r][v] = AddGroup<integer>(acc[r][v], scale, sum[r][v]);
+          sum[r][v] = AddGroup<sums_as>(acc[r][v], scale, sum[r][v],
+                                        RowScaleAt<sums_as>(p.group_scale, r * w.groups + g));
         });
       });
     }

@@ -87,14 +87,16 @@ ONNXQ_INLINE inline __m256 GroupScales(ScaleType type, const void* scales, int64
   return Scales(type, scales, at);
 }
 
-// sum + dot * scale: floats, or the bits of integers.
-template <bool integer>
-ONNXQ_INLINE inline __m256 AddGroup(__m256i dot, __m256 scale, __m256 sum) {
-  if constexpr (integer) {
+// sum + dot * scale: floats, or the bits of integers; kScaled multiplies by the row's first.
+template <GroupSum kind>
+ONNXQ_INLINE inline __m256 AddGroup(__m256i dot, __m256 scale, __m256 sum, const float* row) {
+  if constexpr (kind == GroupSum::kInteger) {
     const __m256i scaled = _mm256_mullo_epi32(dot, _mm256_castps_si256(scale));
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(sum), scaled));
   }
-  return _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), scale, sum);
+  __m256 whole = _mm256_cvtepi32_ps(dot);
+  if constexpr (kind == GroupSum::kScaled) whole = _mm256_mul_ps(whole, _mm256_set1_ps(*row));
+  return _mm256_fmadd_ps(whole, scale, sum);
 }
 
 // A plane of 2-bit fields holds 8 columns in each field: field v, lowest in its byte.

@@ -69,14 +69,16 @@ ONNXQ_INLINE inline __m512 Scales(ScaleType type, const void* scales, int64_t at
   return _mm512_setzero_ps();
 }
 
-// sum + dot * scale: floats, or the bits of integers.
-template <bool integer>
-ONNXQ_INLINE inline __m512 AddGroup(__m512i dot, __m512 scale, __m512 sum) {
-  if constexpr (integer) {
+// sum + dot * scale: floats, or the bits of integers; kScaled multiplies by the row's first.
+template <GroupSum kind>
+ONNXQ_INLINE inline __m512 AddGroup(__m512i dot, __m512 scale, __m512 sum, const float* row) {
+  if constexpr (kind == GroupSum::kInteger) {
     const __m512i scaled = _mm512_mullo_epi32(dot, _mm512_castps_si512(scale));
     return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(sum), scaled));
   }
-  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), scale, sum);
+  __m512 whole = _mm512_cvtepi32_ps(dot);
+  if constexpr (kind == GroupSum::kScaled) whole = _mm512_mul_ps(whole, _mm512_set1_ps(*row));
+  return _mm512_fmadd_ps(whole, scale, sum);
 }
 
 // Scales as integer kernels take them: integer scales as the bits of integers.

@@ -65,9 +65,10 @@ struct Int8Tile {
   const Piece* pieces;
   int64_t piece_count;
   const float* scales;
-  const int32_t* zeros;  // null without zero points
-  uint8_t top;           // the largest of the bytes
-  bool integer;          // scales and sums are the bits of integers
+  const int32_t* zeros;      // null without zero points
+  const float* group_scale;  // [rows, G], or null
+  uint8_t top;               // the largest of the bytes
+  GroupSum kind;             // with kInteger scales and sums are the bits of integers
   float* sums;
   int32_t* group;
 };
@@ -150,7 +151,9 @@ void WriteRows(const QuantProduct& p, const float* sums, int64_t width, int64_t 
   const int64_t column = first * kPanel;
   const int64_t count = std::min(width, n - column);
   for (int64_t r = 0; r < rows; ++r) {
-    const float* scale = p.row_scale == nullptr ? nullptr : p.row_scale + row + r;
+    const float* scale = p.row_scale == nullptr     ? nullptr
+                         : p.group_scale == nullptr ? p.row_scale + row + r
+                                                    : p.row_scale;
     const float* bias = p.bias.values + column * p.bias.step;
     const int64_t at = (row + r) * n + column;
     if (p.y_half) {
@@ -160,6 +163,31 @@ void WriteRows(const QuantProduct& p, const float* sums, int64_t width, int64_t 
       V::WriteRow(sums + r * width, scale, bias, p.bias.step, count, static_cast<float*>(p.y) + at);
     }
   }
+}
+
+GroupSum GroupSumOf(const QuantProduct& p) {
+  if (p.weights->integer_scales()) return GroupSum::kInteger;
+  return p.group_scale == nullptr ? GroupSum::kFloat : GroupSum::kScaled;
+}
+
+// Calls `body` with the kind of sum as a constant.
+template <class Body>
+ONNXQ_INLINE inline void WithGroupSum(GroupSum kind, const Body& body) {
+  switch (kind) {
+    case GroupSum::kInteger:
+      return body(std::integral_constant<GroupSum, GroupSum::kInteger>{});
+    case GroupSum::kScaled:
+      return body(std::integral_constant<GroupSum, GroupSum::kScaled>{});
+    default:
+      return body(std::integral_constant<GroupSum, GroupSum::kFloat>{});
+  }
+}
+
+// Where the scale of a row's group lies, for sums that need it.
+template <GroupSum kind>
+ONNXQ_INLINE inline const float* RowScaleAt(const float* scales, int64_t at) {
+  if constexpr (kind == GroupSum::kScaled) return scales + at;
+  return nullptr;
 }
 
 // Sums of integer scales: the bits of integers become floats.
@@ -176,11 +204,7 @@ template <class V, int panels, int rows>
 void RestOfRows(const Int8Tile& tile, int64_t rest) {
   if constexpr (rows > 0) {
     if (rest == rows) {
-      if (tile.integer) {
-        V::template Int8Rows<rows, panels, true>(tile);
-      } else {
-        V::template Int8Rows<rows, panels, false>(tile);
-      }
+      WithGroupSum(tile.kind, [&](auto kind) { V::template Int8Rows<rows, panels, kind>(tile); });
     } else {
       RestOfRows<V, panels, rows - 1>(tile, rest);
     }
@@ -271,7 +295,7 @@ void Int8BlockOf(const QuantProduct& p, int64_t first, int64_t row, int64_t rows
     tile.piece_count = count;
     tile.scales = block.scales;
     tile.top = w.top;
-    tile.integer = w.integer_scales();
+    tile.kind = GroupSumOf(p);
     tile.zeros = w.zero_points == nullptr ? nullptr : block.zeros;
     Fetch<panels> fetch(p, first, step + steps, kChunkSteps,
                         (rows + V::kInt8TileRows - 1) / V::kInt8TileRows);
@@ -283,6 +307,7 @@ void Int8BlockOf(const QuantProduct& p, int64_t first, int64_t row, int64_t rows
                   std::min<int64_t>(V::kInt8TileRows, rows - r));
       tile.q = p.q + (row + r) * p.q_stride + 4 * step;
       tile.starts = p.starts + (row + r) * w.groups;
+      if (p.group_scale != nullptr) tile.group_scale = p.group_scale + (row + r) * w.groups;
       tile.sums = block.sums + r * kWidth;
       tile.group = block.group + r * kWidth;
       RestOfRows<V, panels, V::kInt8TileRows>(tile, std::min<int64_t>(V::kInt8TileRows, rows - r));
@@ -356,11 +381,15 @@ void Int8SmallOf(const QuantProduct& p, int64_t first, int64_t last) {
         constexpr LevelKind kKind = decltype(kind)::value;
         if constexpr (kKind == LevelKind::kAffine4) {
           if (p.weights->integer_scales()) {
-            V::template Int8Panel<rows, kKind, true>(p, panel, sums);
+            V::template Int8Panel<rows, kKind, GroupSum::kInteger>(p, panel, sums);
             return SumsToFloat(sums, rows * kPanel);
           }
         }
-        V::template Int8Panel<rows, kKind, false>(p, panel, sums);
+        if (p.group_scale != nullptr) {
+          V::template Int8Panel<rows, kKind, GroupSum::kScaled>(p, panel, sums);
+        } else {
+          V::template Int8Panel<rows, kKind, GroupSum::kFloat>(p, panel, sums);
+        }
       });
       WriteRows<V>(p, sums, kPanel, panel, 0, rows);
     }

@@ -72,11 +72,13 @@ float Int8Dot(const QuantProduct& p, int64_t row, int64_t column) {
     if (w.integer_scales()) {
       total += dot * static_cast<const int16_t*>(w.scales)[at];
     } else {
-      sum = std::fma(static_cast<float>(dot), ScaleAt(w.scale_type, w.scales, at), sum);
+      float whole = static_cast<float>(dot);
+      if (p.group_scale != nullptr) whole *= p.group_scale[row * w.groups + g];
+      sum = std::fma(whole, ScaleAt(w.scale_type, w.scales, at), sum);
     }
   }
   if (w.integer_scales()) sum = static_cast<float>(total);
-  return sum * p.row_scale[row];
+  return sum * (p.group_scale == nullptr ? p.row_scale[row] : *p.row_scale);
 }
 
 float FloatWeight(const QuantWeights& w, int64_t column, int64_t k) {

@@ -96,6 +96,9 @@ class PackedProduct {
       return refuse("groups of " + std::to_string(group_) + "; the least is 16, or all of K");
     if (group_ % 4 != 0 && group_ < k_) return refuse("the group is not a multiple of 4");
     if (!std::isfinite(factor_)) return refuse("the factor is not finite");
+    if (int8_activations_ < 0 || int8_activations_ > 1)
+      return Error(api, name_, "the CUDA kernels take int8_activations 0 and 1",
+                   ort::ErrorCode::kNotImplemented);
     return nullptr;
   }
 
@@ -259,9 +262,10 @@ template <ElementType type>
 class QuantMatMul {
  public:
   static constexpr const char* kName = "QuantMatMul";
-  // x, codes, scales (of several types), zero_points, levels, bias.
-  static constexpr std::array<ElementType, 6> kInputs = {
-      type, ElementType::kUint8, ElementType::kUndefined, ElementType::kInt8, float32, float32};
+  // x, codes, scales (of several types), zero_points, levels, bias, order.
+  static constexpr std::array<ElementType, 7> kInputs = {
+      type,    ElementType::kUint8, ElementType::kUndefined, ElementType::kInt8, float32,
+      float32, ElementType::kInt32};
   static constexpr std::array<ElementType, 1> kOutputs = {type};
 
   static ort::OrtStatus* Create(const Api& api, const ort::OrtKernelInfo* info,
@@ -272,6 +276,11 @@ class QuantMatMul {
     return PackedProduct<type>::InferShapes(api, context);
   }
   ort::OrtStatus* Compute(const Api& api, ort::OrtKernelContext* context) const {
+    InputTensor order;
+    ONNXQ_RETURN_IF_ERROR(GetInput(api, context, 6, &order));
+    if (order.shape != std::vector<int64_t>{1})
+      return Error(api, kName, "the CUDA kernels take no order of columns",
+                   ort::ErrorCode::kNotImplemented);
     return product_.Compute(api, context, {});
   }
 

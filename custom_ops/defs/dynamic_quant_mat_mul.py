@@ -55,6 +55,7 @@ def _build_function() -> onnx.FunctionProto:
     from onnxscript.values import Opset
 
     domain = Opset(DOMAIN, 1)
+    no_order = onnx.numpy_helper.from_array(quant_mat_mul.NO_ORDER, "no_order")
 
     @script(domain, default_opset=op)
     def DynamicQuantMatMul(
@@ -104,6 +105,7 @@ def _build_function() -> onnx.FunctionProto:
             zero_points,
             levels,
             bias,
+            op.Constant(value=no_order),
             K=K,
             N=N,
             group=group,
@@ -120,6 +122,7 @@ def _build_function() -> onnx.FunctionProto:
             zero_points,
             levels,
             op.Constant(value_floats=[0.0]),
+            op.Constant(value=no_order),
             K=K,
             N=N,
             group=group,
@@ -170,7 +173,7 @@ def reference(
     inner = wide.copy()
     inner[..., columns] = 0
     weights = (codes, scales, zero_points, levels)
-    (y,) = quant_mat_mul.reference(inner, *weights, bias, **attributes)
+    (y,) = quant_mat_mul.reference(inner, *weights, bias, quant_mat_mul.NO_ORDER, **attributes)
     exponents = attributes["exponent_scales"]
     level, scale = quant_mat_mul.weight_parts(*weights, k, attributes["N"], group, exponents)
     with np.errstate(all="ignore"):
@@ -195,7 +198,10 @@ _BASE = quant_mat_mul.OPERATOR
 OPERATOR = Operator(
     name="DynamicQuantMatMul",
     doc=_DOC,
-    inputs={**_BASE.inputs, "outliers": "`[R]` i64, columns that stay float; may be empty"},
+    inputs={
+        **{name: doc for name, doc in _BASE.inputs.items() if name != "order"},
+        "outliers": "`[R]` i64, columns that stay float; may be empty",
+    },
     outputs=_BASE.outputs,
     min_opset=_BASE.min_opset,
     build_function=_build_function,

@@ -103,6 +103,26 @@ def reference(
     return q, np.where(finite, amax / levels, np.float32(np.nan))
 
 
+def quantize_groups(
+    x: np.ndarray[Any, Any], group: int
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """The same for each group of columns on its own.
+
+    Args:
+        x: ``[..., K]`` float32 or float16.
+        group: columns that share a scale; the last group may be shorter.
+
+    Returns:
+        ``q: [..., K]`` int8 and ``scale: [..., ceil(K / group)]`` float32.
+    """
+    k = x.shape[-1]
+    size = max(min(group, k), 1)
+    groups = -(-k // size)
+    padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, groups * size - k)])
+    q, scale = reference(padded.reshape(*x.shape[:-1], groups, size))
+    return q.reshape(padded.shape)[..., :k], scale[..., 0]
+
+
 OPERATOR = Operator(
     name="DynamicQuantizePerToken",
     doc=_DOC,

@@ -73,24 +73,6 @@ def _build_function() -> onnx.FunctionProto:
     return proto
 
 
-def quantize_groups(x: Array, group: int) -> tuple[Array, Array]:
-    """DynamicQuantizePerToken of each group of columns.
-
-    Args:
-        x: ``[..., K]`` float32 or float16.
-        group: columns that share a scale; the last group may be shorter.
-
-    Returns:
-        ``q: [..., K]`` int8 and ``scale: [..., ceil(K / group)]`` float32.
-    """
-    k = x.shape[-1]
-    size = max(min(group, k), 1)
-    groups = -(-k // size)
-    padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, groups * size - k)])
-    q, scale = per_token.reference(padded.reshape(*x.shape[:-1], groups, size))
-    return q.reshape(padded.shape)[..., :k], scale[..., 0]
-
-
 def reference(
     x: Array, core: Array, *, block: int, scale: float, group: int
 ) -> tuple[Array, Array]:
@@ -107,7 +89,7 @@ def reference(
         ``q: [..., K]`` int8 and ``q_scale: [..., ceil(K / group)]`` float32.
     """
     (rotated,) = hadamard.reference(x.astype(np.float32), core, block=block, scale=scale)
-    return quantize_groups(rotated, group)
+    return per_token.quantize_groups(rotated, group)
 
 
 OPERATOR = Operator(

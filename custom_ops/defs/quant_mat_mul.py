@@ -1,4 +1,4 @@
-"""Matrix product with packed, quantized weights; activations float or INT8 a token.
+"""Matrix product with packed, quantized weights; activations float or INT8, a token or group.
 
 Two definitions stand side by side. The *value* is what the body computes: dequantize, multiply.
 Floats are not associative, so the body agrees with it within the budget ``ERROR_BUDGET``. The
@@ -22,13 +22,16 @@ Array = np.ndarray[Any, Any]
 ERROR_BUDGET = 2.0**-23
 """|y - exact| <= budget * (4 + sqrt(K)) * sum |x w|, plus half a step of the output's type."""
 
+NO_ORDER = np.zeros(1, np.int32)
+"""The input ``order`` that leaves columns as they are."""
+
 _DOC = """\
 Multiplies activations by packed, quantized weights and adds a bias.
 
 `x: [..., K]` f32 or f16 → `y: [..., N]` of the same type:
 
 ```
-y      = x · W + bias
+y      = x[..., order] · W + bias
 W[k,n] = (levels[code[k,n]] - zero_points[k // group, n]) · scales[k // group, n] · factor
 ```
 
@@ -37,9 +40,13 @@ W[k,n] = (levels[code[k,n]] - zero_points[k // group, n]) · scales[k // group, 
 points lie in layout 1 (`custom_ops/layout.py`): panels of 32 columns, `P = ceil(N / 32)`, steps of
 four k, `J = ceil(K / 4)`, groups `G = ceil(K / group)`; the last group may be shorter.
 
-With `int8_activations = 1` each row of x is first quantized as DynamicQuantizePerToken does it,
-`x ≈ s · q`, and groups are summed in integers. Levels must then be integers, at most 255 apart
-(for E2M1 twice its numbers, with `factor` 0.5).
+`order` puts columns of x with similar magnitudes into one group (act-order of GPTQ): row k of W
+meets column order[k]. `[1]` holding 0 stands for none.
+
+With `int8_activations = 1` each row of x (in that order) is first quantized as
+DynamicQuantizePerToken does it, `x ≈ s · q`, and groups are summed in integers. Levels must then be
+integers, at most 255 apart (for E2M1 twice its numbers, with `factor` 0.5). With
+`int8_activations = 2` each group of the row has a scale of its own.
 
 Kernels compute, in float32 and in this order, the same bits on every instruction set:
 
@@ -47,12 +54,14 @@ Kernels compute, in float32 and in this order, the same bits on every instructio
 int8_activations 1:  t = fma(sum over the group of q · (level - zero), scale, t)   group after group
                      y = t · (s · factor) + bias
                      with i16 scales: t = sum over groups of scale · sum(...), in int32, then float
+int8_activations 2:  t = fma(sum over the group of q · (level - zero) · s of the group, scale, t)
+                     y = t · factor + bias
 int8_activations 0:  t = fma(x, (level - zero) · (scale · factor), t)              k after k
                      y = t + bias
 ```
 
-i16 scales (Integer Scale, arXiv 2405.14597) are for INT8 activations and 4-bit levels one apart;
-`factor` holds the reciprocal of their amplifier.
+i16 scales (Integer Scale, arXiv 2405.14597) are for `int8_activations` 1 and 4-bit levels one
+apart; `factor` holds the reciprocal of their amplifier.
 
 f16 results are rounded once, at the end. The body agrees with them within
 |y - exact| <= 2^-23 · (4 + √K) · Σ|x·W|, plus half a step of f16 where that is the type.
@@ -60,10 +69,10 @@ f16 results are rounded once, at the end. The body agrees with them within
 - A row with a NaN or an infinity in x is NaN, or what float arithmetic makes of it without
   `int8_activations`; other rows are not touched by it.
 - Errors: another layout, `bits` other than 1, 2, 3, 4, 6 and 8, a group that is no multiple of 4 or
-  below 16 (unless it spans K), with integer activations above 65536; shapes that do not fit; levels
-  other than those; a NaN or infinite scale, where scales are constants of the model; i16 scales
-  with other levels or float activations, or where a column's sum over k of
-  127 · |scale| · max|level - zero| exceeds 2^31 - 1.
+  below 16 (unless it spans K), with integer activations above 65536; `int8_activations` other than
+  0, 1 and 2; shapes that do not fit; a place in `order` outside of K; levels other than those; a
+  NaN or infinite scale, where scales are constants of the model; i16 scales with other levels or
+  activations, or where a column's sum over k of 127 · |scale| · max|level - zero| exceeds 2^31 - 1.
 """
 
 _E8M0_BIAS = 127
@@ -105,6 +114,7 @@ def _build_function() -> onnx.FunctionProto:
         zero_points,
         levels,
         bias,
+        order,
         K: int,
         N: int,
         group: int,
@@ -203,12 +213,30 @@ def _build_function() -> onnx.FunctionProto:
             op.Sub(level_kn, zero_kn), op.Mul(scale_kn, op.Constant(value_float=factor))
         )
 
-        x32 = op.Cast(x, to=_FLOAT)
-        q, s = domain.DynamicQuantizePerToken(x32)
+        # Columns of x as `order` has them; one place alone stands for all.
+        places = op.Range(
+            op.Constant(value_int=0), op.Constant(value_int=K), op.Constant(value_int=1)
+        )
+        none = op.Equal(op.Shape(order), one)
+        column = op.Where(none, places, op.Cast(order, to=_INT64))
+        x32 = op.Gather(op.Cast(x, to=_FLOAT), column, axis=-1)
+        # [..., K] -> [..., parts, size], zeros behind the last: what shares a scale.
+        mode = op.Reshape(op.Constant(value_int=int8_activations), one)
+        size = op.Where(op.Equal(mode, two), op.Min(group_size, k), k)
+        parts = op.Div(op.Sub(op.Add(k, size), one), size)
+        padded_k = op.Mul(parts, size)
+        nothing = op.Constant(value_float=0.0)
+        missing = op.Concat(zero, op.Sub(padded_k, k), axis=0)
+        filled = op.Pad(x32, missing, nothing, minus_one)
+        outer = op.Shape(x32, start=0, end=-1)
+        split = op.Reshape(filled, op.Concat(outer, parts, size, axis=0), allowzero=1)
+        q, s = domain.DynamicQuantizePerToken(split)
+        near = op.Reshape(
+            op.Mul(op.Cast(q, to=_FLOAT), s), op.Concat(outer, padded_k, axis=0), allowzero=1
+        )
         is_integer = op.Cast(op.Constant(value_int=int8_activations), to=_BOOL)
-        left = op.Where(is_integer, op.Cast(q, to=_FLOAT), x32)
-        row_scale = op.Where(is_integer, s, op.Constant(value_float=1.0))
-        y32 = op.Add(op.Mul(op.MatMul(left, weight), row_scale), bias)
+        left = op.Where(is_integer, op.Slice(near, zero, k, minus_one), x32)
+        y32 = op.Add(op.MatMul(left, weight), bias)
         y = op.CastLike(y32, x)
         return y  # noqa: RET504  (names the output)
 
@@ -241,6 +269,7 @@ def reference(
     zero_points: Array,
     levels: Array,
     bias: Array,
+    order: Array,
     *,
     K: int,
     N: int,
@@ -260,11 +289,12 @@ def reference(
         zero_points: ``[P, G, 32]`` int8, or ``[1, 1, 1]``.
         levels: ``[2**bits]`` float32.
         bias: ``[N]`` or ``[1]`` float32.
+        order: ``[K]`` int32, the columns of x; or ``[1]``, as they are.
         K: rows of the weight.
         N: columns of the weight.
         group: k that share a scale.
         bits: of a code.
-        int8_activations: 1 when rows of x are quantized first.
+        int8_activations: 1 when rows of x are quantized first, 2 when groups of rows are.
         exponent_scales: 1 when scales are E8M0 codes.
         factor: of all weights.
         layout: 1.
@@ -272,31 +302,68 @@ def reference(
     Returns:
         ``y: [..., N]`` of the type of x.
     """
+    rows = in_order(x.reshape(-1, K), order)
+    if int8_activations:
+        by_group = int8_activations == 2
+        q, q_scale = per_token.quantize_groups(rows, group if by_group else K)
+        y = integer_product(
+            q, q_scale, codes, scales, zero_points, levels, bias, by_group=by_group,
+            K=K, N=N, group=group, exponent_scales=exponent_scales, factor=factor,
+        )  # fmt: skip
+        return (y.astype(x.dtype).reshape(*x.shape[:-1], N),)
     level, scale = weight_parts(codes, scales, zero_points, levels, K, N, group, exponent_scales)
-    rows = x.reshape(-1, K)
-    factor32 = np.float32(factor)
     total: Array = np.zeros((rows.shape[0], N), np.float32)
     with np.errstate(all="ignore"):
-        if int8_activations:
-            q, row_scale = per_token.reference(rows)
-            whole = np.zeros(total.shape, np.int64)
-            for g in range(scale.shape[1]):
-                part = slice(g * group, min((g + 1) * group, K))
-                dots = q[:, part].astype(np.float64) @ level[:, part].T.astype(np.float64)
-                if scales.dtype == np.int16:
-                    whole += dots.astype(np.int64) * scale[:, g].astype(np.int64)
-                else:
-                    total = fma(dots.astype(np.float32), scale[None, :, g], total)
+        weight = level * np.repeat(scale * np.float32(factor), group, axis=1)[:, :K]
+        wide = rows.astype(np.float32)
+        for k in range(K):
+            total = fma(wide[:, k : k + 1], weight[None, :, k], total)
+        return ((total + bias).astype(x.dtype).reshape(*x.shape[:-1], N),)
+
+
+def in_order(x: Array, order: Array) -> Array:
+    """Columns of ``x: [..., K]`` as ``order: [K]`` has them, or, from ``[1]``, as they are."""
+    return x if len(order) == 1 else x[..., order]
+
+
+def integer_product(
+    q: Array,
+    q_scale: Array,
+    codes: Array,
+    scales: Array,
+    zero_points: Array,
+    levels: Array,
+    bias: Array,
+    *,
+    by_group: bool,
+    K: int,
+    N: int,
+    group: int,
+    exponent_scales: int,
+    factor: float,
+) -> Array:
+    """The product of quantized rows ``q: [M, K]`` with the weight, ``[M, N]`` float32.
+
+    ``q_scale`` is ``[M, 1]``, or with ``by_group`` ``[M, G]``.
+    """
+    level, scale = weight_parts(codes, scales, zero_points, levels, K, N, group, exponent_scales)
+    total: Array = np.zeros((len(q), N), np.float32)
+    whole = np.zeros(total.shape, np.int64)
+    with np.errstate(all="ignore"):
+        for g in range(scale.shape[1]):
+            part = slice(g * group, min((g + 1) * group, K))
+            dots = q[:, part].astype(np.float64) @ level[:, part].T.astype(np.float64)
             if scales.dtype == np.int16:
-                total = whole.astype(np.float32)
-            total = total * (row_scale * factor32)
-        else:
-            weight = level * np.repeat(scale * factor32, group, axis=1)[:, :K]
-            wide = rows.astype(np.float32)
-            for k in range(K):
-                total = fma(wide[:, k : k + 1], weight[None, :, k], total)
-        y = total + bias
-        return (y.astype(x.dtype).reshape(*x.shape[:-1], N),)
+                whole += dots.astype(np.int64) * scale[:, g].astype(np.int64)
+                continue
+            sums = dots.astype(np.float32)
+            if by_group:
+                sums = sums * q_scale[:, g : g + 1]
+            total = fma(sums, scale[None, :, g], total)
+        if scales.dtype == np.int16:
+            total = whole.astype(np.float32)
+        factor32 = np.float32(factor)
+        return np.asarray(total * (factor32 if by_group else q_scale * factor32) + bias, np.float32)
 
 
 def weight_parts(
@@ -327,6 +394,7 @@ OPERATOR = Operator(
         "zero_points": "`[P, G, 32]` i8, or `[1, 1, 1]` holding 0",
         "levels": "`[2^bits]` f32",
         "bias": "`[N]` f32, or `[1]` for all columns",
+        "order": "`[K]` i32, columns of x, or `[1]` holding 0: as they are",
     },
     outputs={"y": "`[..., N]`, the type of x"},
     min_opset=21,
@@ -337,7 +405,9 @@ OPERATOR = Operator(
         Attribute("N", "INT", "output columns"),
         Attribute("group", "INT", "k that share a scale; K or more for one a column"),
         Attribute("bits", "INT", "of a code: 1, 2, 3, 4, 6 or 8"),
-        Attribute("int8_activations", "INT", "1: quantize each row of x to INT8 first"),
+        Attribute(
+            "int8_activations", "INT", "1: quantize each row of x to INT8 first, 2: each group"
+        ),
         Attribute("exponent_scales", "INT", "1: scales are E8M0 codes, 2^(code - 127)"),
         Attribute("factor", "FLOAT", "of all weights"),
         Attribute("layout", "INT", "version of the layout: 1"),

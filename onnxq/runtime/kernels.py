@@ -21,6 +21,11 @@ By = Literal["onnxq", "body", "onnxruntime"]
 
 _INLINED: Final = re.compile(r"_inlfunc_([A-Za-z0-9]+)_")
 _SHOWN: Final = ("bits", "group", "K", "block", "threshold")
+_ACTIVATIONS = {
+    0: "float activations",
+    1: "int8 activations",
+    2: "int8 activations by group",
+}
 
 
 @dataclass(frozen=True)
@@ -118,5 +123,5 @@ def _attributes(node: onnx.NodeProto) -> list[str]:
     found: dict[str, Any] = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     shown = [f"{name} {found[name]:g}" for name in _SHOWN if name in found]
     if "int8_activations" in found:
-        shown.append("int8 activations" if found["int8_activations"] else "float activations")
+        shown.append(_ACTIVATIONS.get(found["int8_activations"], "unknown activations"))
     return shown

@@ -185,6 +185,7 @@ def _replace(model: ir.Model, linear: Linear, packed: PackedWeight, outliers: fl
     graph = model.graph
     op, inputs, attributes = OP, dict(packed.inputs), dict(packed.attributes)
     if outliers and attributes["int8_activations"]:
+        del inputs["order"]
         op, inputs["outliers"] = OUTLIER_OP, np.zeros(0, np.int64)
         attributes["threshold"] = outliers
     custom_ops.attach(model, op)

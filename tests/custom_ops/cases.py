@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from onnxq import custom_ops
 from onnxq.custom_ops.block_format import block_attributes
+from onnxq.custom_ops.defs.dynamic_quantize_per_token import quantize_groups
 from onnxq.custom_ops.packed_weight import PackedWeight, ScaleType, pack_weight
 from onnxq.formats import Granularity, parse_format
 from onnxq.solvers.hadamard import hadamard_matrix
@@ -51,8 +52,10 @@ class Case:
     def reference(self, op_name: str) -> tuple[Array, ...]:
         """The operator's numpy reference on this case."""
         operator = custom_ops.get(op_name)
+        arrays = {**self.inputs, **self.constants}
+        taken = {name: arrays[name] for name in operator.inputs}
         with np.errstate(all="ignore"):
-            return operator.reference(**self.inputs, **self.constants, **self.attributes)
+            return operator.reference(**taken, **self.attributes)
 
 
 def model_of(op_name: str, case: Case, *, opset: int = 21) -> bytes:
@@ -153,17 +156,18 @@ def quantized_weight(
     k: int,
     group: int,
     *,
-    int8_activations: bool,
+    int8_activations: int,
     rng: np.random.Generator,
     scale_type: ScaleType | None = None,
+    ordered: bool = False,
 ) -> PackedWeight:
-    """A random weight ``[N, K]`` in one of ``_WEIGHTS``."""
+    """A random weight ``[N, K]`` in one of ``_WEIGHTS``, columns in a random order if wanted."""
     w = rng.normal(size=(n, k)).astype(np.float32)
     bias = rng.normal(size=n).astype(np.float32) if n % 2 else None
     fmt = parse_format({"fp8": "fp8e4m3"}.get(kind, kind))
     granularity = None if fmt.fixed_block else Granularity.block(1, group)
     params = fmt.params(w, granularity, axis=1)
-    return pack_weight(
+    packed = pack_weight(
         fmt,
         fmt.encode(w, params),
         params,
@@ -171,6 +175,9 @@ def quantized_weight(
         scale_type=scale_type or _SCALE_TYPES.get(kind, "float16"),
         bias=bias,
     )
+    if ordered:
+        packed.inputs["order"] = rng.permutation(k).astype(np.int32)
+    return packed
 
 
 def takes_int8(kind: str) -> bool:
@@ -183,13 +190,16 @@ def _quant_mat_mul(dtype: str) -> Iterator[Case]:
     for number, (m, k, n, group) in enumerate(_PRODUCTS):
         for offset in range(2):
             kind = _WEIGHTS[(2 * number + offset) % len(_WEIGHTS)]
-            for int8 in (False, True):
+            for int8 in (0, 1, 2):
                 if int8 and not takes_int8(kind):
                     continue
-                packed = quantized_weight(kind, n, k, group, int8_activations=int8, rng=rng)
+                ordered = bool((number + int8) % 2)
+                packed = quantized_weight(
+                    kind, n, k, group, int8_activations=int8, rng=rng, ordered=ordered
+                )
                 x = rng.normal(size=(m, k)).astype(dtype)
                 yield Case(
-                    f"{kind} [{m}, {k}] x {n}, groups of {group}, int8 {int8}",
+                    f"{kind} [{m}, {k}] x {n}, groups of {group}, int8 {int8}, ordered {ordered}",
                     {"x": x},
                     packed.inputs,
                     packed.attributes,
@@ -210,8 +220,10 @@ def _quant_mat_mul(dtype: str) -> Iterator[Case]:
         x = rng.normal(size=(m, k)).astype(dtype)
         name = f"{kind}, integer scales [{m}, {k}] x {n}, groups of {group}"
         yield Case(name, {"x": x}, packed.inputs, packed.attributes, every_opset=number == 3)
-    for int8 in (False, True):
-        packed = quantized_weight("uint4", 70, 200, 32, int8_activations=int8, rng=rng)
+    for int8 in (0, 1, 2):
+        packed = quantized_weight(
+            "uint4", 70, 200, 32, int8_activations=int8, rng=rng, ordered=int8 != 1
+        )
         x = rng.normal(size=(2, 3, 200)).astype(dtype)
         everything = {"x": x, **packed.inputs}
         yield Case(f"no constants, int8 {int8}", everything, {}, packed.attributes)
@@ -227,12 +239,53 @@ def _quant_mat_mul(dtype: str) -> Iterator[Case]:
     yield Case("large", {"x": x}, packed.inputs, packed.attributes)
 
 
+def _quant_mat_mul_int8(dtype: str) -> Iterator[Case]:
+    rng = np.random.default_rng(23)
+
+    def case(
+        name: str,
+        kind: str,
+        shape: tuple[int, ...],
+        n: int,
+        group: int,
+        int8: int,
+        *,
+        every_opset: bool = False,
+        scale_type: ScaleType | None = None,
+    ) -> Case:
+        k = shape[-1]
+        packed = quantized_weight(
+            kind, n, k, group, int8_activations=int8, rng=rng, scale_type=scale_type
+        )
+        constants = {name: array for name, array in packed.inputs.items() if name != "order"}
+        x = rng.normal(size=shape).astype(np.float32)
+        q, scale = quantize_groups(x, int(packed.attributes["group"]) if int8 == 2 else k)
+        inputs = {"q": q.astype(dtype), "q_scale": scale}
+        return Case(name, inputs, constants, packed.attributes, every_opset)
+
+    for number, (m, k, n, group) in enumerate(_PRODUCTS):
+        for int8 in (1, 2):
+            kind = ("int8", "uint8", "int4", "mxint8", "nvfp4", "int3", "binary")[number % 7]
+            name = f"{kind} [{m}, {k}] x {n}, groups of {group}, int8 {int8}"
+            yield case(name, kind, (m, k), n, group, int8, every_opset=number == 3)
+    for shape in ((200,), (0, 200), (2, 0, 200), (2, 3, 200)):
+        for int8 in (1, 2):
+            yield case(f"{shape}, int8 {int8}", "uint4", shape, 70, 32, int8)
+    yield case("integer scales", "int4", (9, 200), 70, 32, 1, scale_type="int16")
+    for int8 in (1, 2):
+        edges = case(f"edges, int8 {int8}", "int4", (5, 96), 40, 32, int8)
+        edges.inputs["q_scale"][1, -1], edges.inputs["q_scale"][3] = np.nan, 0
+        yield edges
+    yield case("large", "int4", (150, 288), 300, 32, 2)
+
+
 def _dynamic_quant_mat_mul(dtype: str) -> Iterator[Case]:
     rng = np.random.default_rng(19)
 
     def case(name: str, kind: str, shape: tuple[int, ...], n: int, named: list[int],
              threshold: float, *, every_opset: bool = False) -> Case:  # fmt: skip
         packed = quantized_weight(kind, n, shape[-1], 32, int8_activations=True, rng=rng)
+        del packed.inputs["order"]
         x = rng.normal(size=shape)
         x[..., rng.integers(shape[-1], size=3)] *= 11
         constants = {**packed.inputs, "outliers": np.array(named, np.int64)}
@@ -362,6 +415,7 @@ CASES: dict[str, Callable[[str], Iterator[Case]]] = {
     "Hadamard": _hadamard,
     "HadamardQuantize": _hadamard_quantize,
     "QuantMatMul": _quant_mat_mul,
+    "QuantMatMulInt8": _quant_mat_mul_int8,
     "QuantizeBlock": _quantize_block,
 }
 
@@ -408,6 +462,7 @@ _EXACT: dict[str, Callable[[Inputs, Mapping[str, Any]], tuple[Array, Array]]] = 
     "DynamicQuantMatMul": exact.dynamic_quant_mat_mul,
     "Hadamard": exact.hadamard,
     "QuantMatMul": exact.quant_mat_mul,
+    "QuantMatMulInt8": exact.quant_mat_mul_int8,
 }
 
 
@@ -434,17 +489,25 @@ def random_case(op_name: str, dtype: str, rng: np.random.Generator) -> Case:
     m, k, n = (int(rng.integers(low, high)) for low, high in ((0, 20), (1, 700), (1, 140)))
     kind = str(rng.choice(_WEIGHTS))
     group = int(rng.choice([16, 20, 32, 64, 128, 512, 1024]))
-    outliers = op_name == "DynamicQuantMatMul"
-    if outliers:
+    outliers, quantized = op_name == "DynamicQuantMatMul", op_name == "QuantMatMulInt8"
+    if outliers or quantized:
         kind = str(rng.choice([kind for kind in _WEIGHTS if takes_int8(kind)]))
-    int8 = takes_int8(kind) and (outliers or bool(rng.integers(2)))
-    packed = quantized_weight(kind, n, k, group, int8_activations=int8, rng=rng)
-    x = (rng.normal(size=(m, k)) * math.pow(10.0, rng.uniform(-5, 2))).astype(dtype)
+    int8 = 1 if outliers else int(rng.integers(quantized, 3)) * takes_int8(kind)
+    ordered = not outliers and not quantized and bool(rng.integers(2))
+    packed = quantized_weight(kind, n, k, group, int8_activations=int8, rng=rng, ordered=ordered)
+    x = rng.normal(size=(m, k)) * math.pow(10.0, rng.uniform(-5, 2))
     constants, attributes = dict(packed.inputs), dict(packed.attributes)
+    name = f"{kind} {m} {k} {n} {group} {int8} {ordered}"
+    if outliers or quantized:
+        del constants["order"]
+    if quantized:
+        q, scale = quantize_groups(x.astype(np.float32), min(group, k) if int8 == 2 else k)
+        return Case(name, {"q": q, "q_scale": scale}, constants, attributes)
+    x = x.astype(dtype)
     if outliers:
         constants["outliers"] = rng.integers(k, size=rng.integers(0, 9))
         attributes["threshold"] = float(rng.choice([0.0, np.abs(x).max(initial=1) / 2]))
-    return Case(f"{kind} {m} {k} {n} {group} {int8}", {"x": x}, constants, attributes)
+    return Case(name, {"x": x}, constants, attributes)
 
 
 def random_input(dtype: str, rng: np.random.Generator) -> Array:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxq import custom_ops
+from onnxq.custom_ops.defs import dynamic_quantize_per_token as per_token
 from onnxq.custom_ops.defs import hadamard as hadamard_definition
 from onnxq.custom_ops.defs import quant_mat_mul as definition
 from onnxq.custom_ops.defs.dynamic_quant_mat_mul import outlier_columns
@@ -28,9 +28,12 @@ def quant_mat_mul(arrays: Arrays, a: Attributes) -> tuple[Array, Array]:
     weight = level.astype(np.float64) * wide * np.float32(a["factor"])
     x = arrays["x"].astype(np.float64)
     with np.errstate(all="ignore"):
+        x = definition.in_order(x, arrays.get("order", definition.NO_ORDER))
         if a["int8_activations"]:
-            q, row = custom_ops.get("DynamicQuantizePerToken").reference(arrays["x"])
-            x = q.astype(np.float64) * row
+            narrow = definition.in_order(arrays["x"], arrays.get("order", definition.NO_ORDER))
+            size = int(a["group" if a["int8_activations"] == 2 else "K"])
+            q, row = per_token.quantize_groups(narrow, size)
+            x = q.astype(np.float64) * np.repeat(row, size, axis=-1)[..., : int(a["K"])]
         exact = x @ weight.T + arrays["bias"]
         size = np.abs(x) @ np.abs(weight.T) + np.abs(arrays["bias"])
         budget = definition.ERROR_BUDGET * (4 + np.sqrt(a["K"])) * size
@@ -38,6 +41,16 @@ def quant_mat_mul(arrays: Arrays, a: Attributes) -> tuple[Array, Array]:
             budget = budget * (1 + 2.0**-10) + np.abs(exact) * 2.0**-11 + 2.0**-25
             exact = np.where(np.abs(exact) > 65519, np.inf, exact)
     return exact, budget
+
+
+def quant_mat_mul_int8(arrays: Arrays, a: Attributes) -> tuple[Array, Array]:
+    """The product of the numbers that the codes stand for."""
+    q, scale = arrays["q"], arrays["q_scale"].astype(np.float64)
+    size = int(a["group" if a["int8_activations"] == 2 else "K"])
+    with np.errstate(all="ignore"):
+        x = q.astype(np.float64) * np.repeat(scale, size, axis=-1)[..., : int(a["K"])]
+    rest = {name: array for name, array in arrays.items() if name not in ("q", "q_scale")}
+    return quant_mat_mul({"x": x, **rest}, {**a, "int8_activations": 0})
 
 
 def hadamard(arrays: Arrays, a: Attributes) -> tuple[Array, Array]:

@@ -58,6 +58,7 @@ def packed_case(bits: int, n: int) -> Case:
         "zero_points": np.zeros((1, 1, 1), np.int8),
         "levels": levels,
         "bias": np.zeros(1, np.float32),
+        "order": np.zeros(1, np.int32),
     }
     attributes = {
         "K": K, "N": n, "group": 128, "bits": bits, "int8_activations": int(bits < 8),

@@ -7,8 +7,10 @@ import onnx
 import pytest
 
 from onnxq import custom_ops
+from onnxq.custom_ops.defs.dynamic_quantize_per_token import quantize_groups
+from onnxq.custom_ops.defs.quant_mat_mul import NO_ORDER
 from onnxq.custom_ops.layout import pack_codes, pack_groups, unpack_codes, unpack_groups
-from onnxq.custom_ops.packed_weight import pack_weight
+from onnxq.custom_ops.packed_weight import pack_table, pack_weight
 from onnxq.errors import DataError, UnsupportedError
 from onnxq.formats import Granularity, parse_format
 from onnxq.runtime import Library, session
@@ -36,11 +38,31 @@ def product(case: Case, library: bool = True) -> Array:
     return result
 
 
-def case_of(kind: str, m: int, n: int, k: int, group: int, *, int8: bool = False) -> Case:
+def case_of(kind: str, m: int, n: int, k: int, group: int, *, int8: int = 0) -> Case:
     rng = np.random.default_rng(9)
     packed = quantized_weight(kind, n, k, group, int8_activations=int8, rng=rng)
     x = rng.normal(size=(m, k)).astype(np.float32)
     return Case(kind, {"x": x}, packed.inputs, packed.attributes)
+
+
+def mat_mul_nbits(
+    inputs: list[str], tensors: dict[str, Array], *, k: int, n: int, bits: int, group: int
+) -> bytes:
+    """A model of ONNX Runtime's own product, ``x: [M, k]``."""
+    node = onnx.helper.make_node(
+        "MatMulNBits", inputs, ["y"], domain="com.microsoft",
+        K=k, N=n, bits=bits, block_size=group, accuracy_level=1,
+    )  # fmt: skip
+    graph = onnx.helper.make_graph(
+        [node],
+        "theirs",
+        [onnx.helper.make_tensor_value_info("x", 1, ["M", k])],
+        [onnx.helper.make_tensor_value_info("y", 1, ["M", n])],
+        [onnx.numpy_helper.from_array(array, name) for name, array in tensors.items()],
+    )
+    opsets = [onnx.helper.make_opsetid(d, v) for d, v in (("", 21), ("com.microsoft", 1))]
+    model = onnx.helper.make_model(graph, ir_version=10, opset_imports=opsets)
+    return onnx.ModelProto.SerializeToString(model)
 
 
 @pytest.mark.parametrize(
@@ -64,31 +86,17 @@ def test_agrees_with_onnxruntimes_mat_mul_nbits(
         blocks = blocks[..., ::2] | blocks[..., 1::2] << 4
         pairs = zero[:, ::2] | zero[:, 1::2] << 4
     tensors = {"b": blocks, "s": scale, "z": pairs}
-    node = onnx.helper.make_node(
-        "MatMulNBits", ["x", "b", "s", "z"], ["y"], domain="com.microsoft",
-        K=k, N=n, bits=bits, block_size=group, accuracy_level=1,
-    )  # fmt: skip
-    graph = onnx.helper.make_graph(
-        [node],
-        "theirs",
-        [onnx.helper.make_tensor_value_info("x", 1, ["M", k])],
-        [onnx.helper.make_tensor_value_info("y", 1, ["M", n])],
-        [onnx.numpy_helper.from_array(array, name) for name, array in tensors.items()],
-    )
-    model = onnx.helper.make_model(
-        graph,
-        ir_version=10,
-        opset_imports=[onnx.helper.make_opsetid(d, v) for d, v in (("", 21), ("com.microsoft", 1))],
-    )
-    theirs = session(model.SerializeToString(), threads=1, library=False).run(None, {"x": x})[0]
+    model = mat_mul_nbits(["x", "b", "s", "z"], tensors, k=k, n=n, bits=bits, group=group)
+    theirs = session(model, threads=1, library=False).run(None, {"x": x})[0]
     constants = {
         "codes": pack_codes(codes, bits),
         "scales": pack_groups(scale),
         "zero_points": pack_groups((zero.astype(np.int16) - middle).astype(np.int8)),
         "levels": np.arange(-middle, middle, dtype=np.float32),
         "bias": np.zeros(1, np.float32),
+        "order": NO_ORDER,
     }
-    for int8, tolerance in ((0, FLOAT_SUM), (1, INT8_ROWS)):
+    for int8, tolerance in ((0, FLOAT_SUM), (1, INT8_ROWS), (2, INT8_ROWS)):
         attributes = {
             "K": k, "N": n, "group": group, "bits": bits, "int8_activations": int8,
             "exponent_scales": 0, "factor": 1.0, "layout": 1,
@@ -116,6 +124,85 @@ def test_int8_activations_cost_little(kind: str, library: Library) -> None:
     exact = product(case_of(kind, 4, 64, 512, 32))
     rounded = product(case_of(kind, 4, 64, 512, 32, int8=True))
     assert 0 < np.abs(rounded - exact).max() <= INT8_ROWS * np.abs(exact).max()
+
+
+def test_order_is_the_group_index_of_mat_mul_nbits(library: Library) -> None:
+    """ONNX Runtime gives each column the index of its group; here columns of a group are beside
+    one another."""
+    m, n, k, group = 5, 48, 256, 32
+    codes = RNG.integers(0, 16, size=(n, k)).astype(np.uint8)
+    scale = RNG.lognormal(-3, 1, size=(n, k // group)).astype(np.float32)
+    group_of = RNG.permutation(np.repeat(np.arange(k // group), group)).astype(np.int32)
+    x = RNG.normal(size=(m, k)).astype(np.float32)
+    blocks = codes.reshape(n, k // group, group)
+    tensors = {"b": blocks[..., ::2] | blocks[..., 1::2] << 4, "s": scale, "g": group_of}
+    theirs = session(
+        mat_mul_nbits(["x", "b", "s", "", "g"], tensors, k=k, n=n, bits=4, group=group),
+        threads=1,
+        library=False,
+    ).run(None, {"x": x})[0]
+    order = np.argsort(group_of, kind="stable").astype(np.int32)
+    packed = pack_table(
+        codes[:, order], np.arange(-8, 8, dtype=np.float32), scale, group=group,
+        scale_type="float32", int8_activations=0, order=order,
+    )  # fmt: skip
+    ours = product(Case("ours", {"x": x}, packed.inputs, packed.attributes))
+    assert np.abs(ours - theirs).max() <= FLOAT_SUM * np.abs(theirs).max()
+
+
+def test_scales_by_group_keep_quiet_groups(library: Library) -> None:
+    """One loud column costs its own group's numbers; with a scale a row it costs them all."""
+    w = RNG.normal(size=(64, 256)).astype(np.float32)
+    x = RNG.normal(size=(8, 256)).astype(np.float32)
+    x[:, 70] *= 100
+    fmt = parse_format("int8")
+    params = fmt.params(w, Granularity.block(1, 32))
+    codes = fmt.encode(w, params)
+    weight = fmt.decode(codes, params).astype(np.float64)
+    groups = x.astype(np.float64).reshape(8, 8, 32)
+    scale = np.abs(groups).max(axis=-1, keepdims=True) / 127
+    expected = (np.rint(groups / scale) * scale).reshape(x.shape) @ weight.T
+    error = {}
+    for int8 in (1, 2):
+        packed = pack_weight(fmt, codes, params, int8_activations=int8, scale_type="float32")
+        got = product(Case("", {"x": x}, packed.inputs, packed.attributes))
+        error[int8] = np.abs(got - x @ weight.T).mean()
+    assert np.abs(got - expected).max() <= FLOAT_SUM * np.abs(expected).max()
+    assert error[2] < error[1] / 2
+
+
+@pytest.mark.parametrize("int8", [1, 2])
+def test_quantized_before_or_inside_is_the_same(int8: int, library: Library) -> None:
+    case = case_of("int4", 9, 64, 160, 32, int8=int8)
+    inside = product(case)
+    size = 32 if int8 == 2 else 160
+    q, scale = quantize_groups(case.inputs["x"], size)
+    constants = {name: array for name, array in case.constants.items() if name != "order"}
+    before = Case("", {"q": q, "q_scale": scale}, constants, case.attributes)
+    model = model_of("QuantMatMulInt8", before)
+    got = session(model, threads=1, library=True).run(None, before.inputs)[0]
+    assert np.array_equal(got, inside)
+
+
+@pytest.mark.parametrize(
+    ("mode", "q", "q_scale", "message"),
+    [
+        (1, (9, 64), (9, 1), r"q has shape \[9, 64\]; its last extent must be 160"),
+        (1, (9, 160), (9, 5), r"q_scale has shape \[9, 5\], not \[9, 1\]"),
+        (2, (9, 160), (9, 1), r"q_scale has shape \[9, 1\], not \[9, 5\]"),
+        (2, (9, 160), (8, 5), r"q_scale has shape \[8, 5\], not \[9, 5\]"),
+    ],
+)
+def test_wrong_quantized_activations_are_refused(
+    mode: int, q: tuple[int, ...], q_scale: tuple[int, ...], message: str, library: Library
+) -> None:
+    case = case_of("int4", 9, 64, 160, 32, int8=mode)
+    groups = quantize_groups(case.inputs["x"], 32 if mode == 2 else 160)
+    constants = {name: array for name, array in case.constants.items() if name != "order"}
+    before = Case("", dict(zip(("q", "q_scale"), groups, strict=True)), constants, case.attributes)
+    made = session(model_of("QuantMatMulInt8", before), threads=1, library=library.path)
+    with pytest.raises(Exception, match=r"com\.onnxq:QuantMatMulInt8: " + message):
+        made.run(None, {"q": np.zeros(q, np.int8), "q_scale": np.zeros(q_scale, np.float32)})
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -177,6 +264,8 @@ def test_float16_scales_may_be_tiny() -> None:
         ({"N": 2**62}, "K and N must be from 1 to 2"),
         ({"exponent_scales": 1}, "as exponents"),
         ({"factor": float("nan")}, "factor is not finite"),
+        ({"int8_activations": 3}, "int8_activations = 3 is not 0 to 2"),
+        ({"int8_activations": -1}, "int8_activations = -1 is not 0 to 2"),
     ],
 )
 def test_wrong_attributes_are_refused(
@@ -204,6 +293,10 @@ def test_wrong_attributes_are_refused(
         ("levels", np.linspace(0, 1, 16, dtype=np.float32), "levels must be integers"),
         ("levels", np.full(16, np.nan, np.float32), "levels must be integers"),
         ("bias", np.zeros(63, np.float32), r"bias has shape \[63\], not \[64\] or \[1\]"),
+        ("order", np.zeros(127, np.int32), r"order has shape \[127\], not \[128\] or \[1\]"),
+        ("order", np.ones(1, np.int32), "an order of one place must be 0"),
+        ("order", np.full(128, 128, np.int32), "order holds 128, which is not in 0 to 127"),
+        ("order", np.full(128, -1, np.int32), "order holds -1, which is not in 0 to 127"),
     ],
 )
 def test_wrong_constants_are_refused(
