@@ -91,15 +91,22 @@ class Cost:
     result: Mapping[str, Any] = field(default_factory=dict)
 
 
-def run_job(job: str, **options: Any) -> Cost:
-    """Run a job of ``_jobs.py`` in a fresh process and measure it."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+def run_job(job: str, *, python: Path | None = None, **options: Any) -> Cost:
+    """Run a job of ``_jobs.py`` in a fresh process and measure it.
+
+    Args:
+        job: name of the function.
+        python: interpreter of another environment, where a peer is installed.
+        **options: what the job is given.
+    """
+    known = [str(ROOT), *([] if python else sys.path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(known)}
     with tempfile.TemporaryDirectory(prefix="onnxq-job-") as folder:
         answer = Path(folder) / "answer.json"
         request = json.dumps({"job": job, "answer": str(answer), **options}, default=str)
         began = time.perf_counter()
         child = subprocess.Popen(
-            [sys.executable, str(JOBS), request],
+            [str(python or sys.executable), str(JOBS), request],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             cwd=folder,  # a peer that litters the working directory litters this one

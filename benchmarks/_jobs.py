@@ -223,6 +223,27 @@ def ort_w4(options: Options) -> None:
     )
 
 
+def ort_gptq(options: Options) -> None:
+    """ONNX Runtime's GPTQ, which it has from Neural Compressor: ``model``, ``out``, ``feeds``.
+
+    ``block`` (32), ``symmetric`` (false), ``exclude``: nodes that stay float. Its public
+    ``MatMulNBitsQuantizer`` calls the same function, but rounds excluded nodes too.
+    """
+    import onnx
+    from onnxruntime.quantization.neural_compressor import gptq_quantize
+
+    done = gptq_quantize(
+        onnx.load(options["model"]),
+        ((feeds, None) for feeds in _Reader(options["feeds"])),
+        weight_config=dict.fromkeys(options.get("exclude", []), "fp32"),
+        group_size=options.get("block", 32),
+        scheme="sym" if options.get("symmetric") else "asym",
+        n_samples=-1,
+        accuracy_level=4,
+    )
+    done.save_model_to_file(options["out"], use_external_data_format=False)
+
+
 class _Reader:
     """The samples of a folder of ``.npz`` files, as ONNX Runtime wants to be given them."""
 
@@ -252,7 +273,8 @@ JOBS: dict[str, Job] = {
     for job in (
         build_model, write_feeds, write_image_feeds, onnxq_run, onnxq_passes, onnxq_rounded,
         onnxq_calibrate,
-        ort_calibrate, ort_dynamic, ort_prepare, ort_static, ort_w4,
+        ort_calibrate, ort_dynamic, ort_prepare, ort_gptq,
+        ort_static, ort_w4,
     )
 }  # fmt: skip
 

@@ -4,6 +4,7 @@
     python benchmarks/llm_weights.py --json              one object a line
     python benchmarks/llm_weights.py --only gptq-asym-g32 ort-rtn-asym-g32
     python benchmarks/llm_weights.py --cache FOLDER      keep rows; go on where it ended
+    python benchmarks/llm_weights.py --peers venv/bin/python    for ORT's HQQ, which needs torch
     python benchmarks/llm_weights.py --quick             stories260K: does it run at all?
 
 SmolLM2-135M-Instruct, whose weights were 4-bit before (GGUF Q4_1, blocks of 32), so INT4 looks
@@ -19,12 +20,12 @@ process of its own, imports and loading included.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import shutil
 from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ HEAD = "/lm_head/MatMul"
 FLOAT_HEAD = 'partial{layers=["*lm_head*"]}'
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Configuration:
     """One way to round; ``plan`` and ``solver`` are pipeline text, ``ort`` a peer's options."""
 
@@ -45,6 +46,10 @@ class Configuration:
     plan: str = ""
     solver: str = ""
     ort: dict[str, Any] | None = None
+    job: str = "ort_w4"
+    """The peer's job."""
+    python: Path | None = None
+    """Interpreter of the peer's environment."""
     peers: tuple[str, ...] = ()
     calibration: int = CALIBRATION
     decoded: bool = False
@@ -80,7 +85,8 @@ def configurations() -> Iterator[Configuration]:
             yield Configuration(
                 peer, f"ORT RTN, {kind}", ort={"block": group, "symmetric": symmetric}
             )
-            peers = (peer, "fp32", *(("ort-hqq-g32",) if kind == "asym-g32" else ()))
+            more = ("ort-hqq-g32", "ort-gptq-asym-g32") if kind == "asym-g32" else ()
+            peers = (peer, "fp32", *more)
             for name, label, solver in SOLVERS:
                 yield Configuration(
                     f"{name}-{kind}", f"onnxq {label}, {kind}", plan, solver, peers=peers
@@ -95,6 +101,9 @@ def configurations() -> Iterator[Configuration]:
         calibration=64,
     )
     yield Configuration("ort-hqq-g32", "ORT HQQ, g32", ort={"block": 32, "method": "hqq"})
+    yield Configuration(
+        "ort-gptq-asym-g32", "ORT GPTQ, asym-g32", ort={"block": 32}, job="ort_gptq"
+    )
     yield Configuration(
         "hqq-asym-g32", "onnxq HQQ, real zero points, g32", plan, "hqq", peers=("ort-hqq-g32",)
     )
@@ -153,6 +162,9 @@ def main() -> None:
     parser.add_argument("--original", action="store_true", help="do not fold the norms' gains")
     parser.add_argument("--model", type=Path, help="a SmolLM2 that is built already")
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help="keep rows and models there")
+    parser.add_argument(
+        "--peers", type=Path, metavar="PYTHON", help="interpreter with onnxruntime, onnx and torch"
+    )
     parser.add_argument("--markdown", action="store_true")
     arguments = parser.parse_args()
     common.JOB_SECONDS = 3600.0  # minutes of work, but on a machine that may be busy
@@ -187,7 +199,8 @@ def pick(arguments: Namespace) -> list[Configuration]:
             f"no configuration {', '.join(sorted(unknown))}; there are "
             + ", ".join(c.name for c in CONFIGURATIONS)
         )
-    return [c for c in CONFIGURATIONS if c.name in names]
+    chosen = [c for c in CONFIGURATIONS if c.name in names]
+    return [replace(c, python=arguments.peers) if c.ort is not None else c for c in chosen]
 
 
 def measure(arguments: Namespace, chosen: list[Configuration], folder: Path) -> list[Row]:
@@ -342,7 +355,11 @@ def make(
     cache: Path | None = None,
 ) -> Cost:
     if configuration.ort is not None:
-        return common.run_job("ort_w4", model=base, out=out, exclude=[HEAD], **configuration.ort)
+        needs = {"feeds": feeds} if configuration.job == "ort_gptq" else {}
+        return common.run_job(
+            configuration.job, python=configuration.python, model=base, out=out, exclude=[HEAD],
+            **needs, **configuration.ort,
+        )  # fmt: skip
     passes = configuration.passes(cache)
     given = feeds if "calibrate" in passes or "sequential" in passes else None
     return common.run_job(job, model=base, passes=passes, out=out, feeds=given)

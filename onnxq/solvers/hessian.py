@@ -1,13 +1,11 @@
 """Second moments of a layer's inputs, and their factors.
 
-``H = 2/T X X'`` for inputs ``X [K, T]``. Accumulated in float64 batch by batch, damped by a part of
-its mean diagonal, and factored so that ``inv(H) = U' U`` with U upper triangular (GPTQ, Frantar et
-al., arXiv 2210.17323).
+``H = X X'``, up to a factor, for inputs ``X [K, T]``: damped by a part of its mean diagonal, and
+factored so that ``inv(H) = U' U`` with U upper triangular (GPTQ, Frantar et al., arXiv 2210.17323).
+The passes sum it up, in float64 and sample by sample.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 from scipy.linalg import lapack
@@ -18,42 +16,6 @@ from onnxq.solvers.grid import Array, Float64
 DAMP = 0.01
 DAMP_GROWTH = 10.0
 MAX_DAMP = 10.0
-
-
-@dataclass
-class HessianSum:
-    """Running ``2/T X X'`` over batches ``[T_b, K]``; optionally ``G = 2/T X Y'`` beside it."""
-
-    total: Float64 | None = None
-    samples: int = 0
-
-    def add(self, batch: Array, other: Array | None = None) -> None:
-        """Add rows of inputs: ``batch' @ other`` (``other`` defaults to ``batch``).
-
-        Raises:
-            DataError: NaN or Inf in the batch.
-        """
-        rows = np.asarray(batch, np.float32).reshape(-1, batch.shape[-1])
-        right = rows if other is None else np.asarray(other, np.float32).reshape(rows.shape)
-        product = (rows.T @ right).astype(np.float64)
-        if not np.isfinite(product).all():
-            raise DataError(
-                "DATA-NOT-FINITE",
-                "NaN, Inf or overflow in the calibration inputs of a layer",
-                "check the calibration data and the model's activations",
-            )
-        self.total = product if self.total is None else self.total + product
-        self.samples += rows.shape[0]
-
-    def result(self) -> Float64:
-        """``2/T`` times the sum.
-
-        Raises:
-            DataError: nothing was added.
-        """
-        if self.total is None or not self.samples:
-            raise DataError("DATA-EMPTY", "no calibration inputs", "pass at least one batch")
-        return self.total * (2.0 / self.samples)
 
 
 def check_hessian(H: Array, K: int) -> Float64:

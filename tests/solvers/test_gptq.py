@@ -12,7 +12,7 @@ from onnxq.errors import DataError, SpecError, UnsupportedError
 from onnxq.formats import IntFormat, parse_format
 from onnxq.solvers.gptaq import gptaq
 from onnxq.solvers.gptq import gptq
-from onnxq.solvers.hessian import HessianSum, inverse_factor, output_error
+from onnxq.solvers.hessian import inverse_factor, output_error
 from onnxq.solvers.rtn import rtn
 from onnxq.solvers.scale_search import mse_params
 
@@ -181,19 +181,6 @@ def test_gptaq_is_gptq_without_mismatch_and_better_with_it(layer: Any) -> None:
         plain = gptq(layer.W, layer.H, fmt, **options)
         aware = gptaq(layer.W, layer.H, layer.D, fmt, **options)
         assert layer.loss(aware.values()) < 0.97 * layer.loss(plain.values())
-
-
-def test_hessian_sum_is_that_of_all_samples_at_once(layer: Any) -> None:
-    moments, mixed = HessianSum(), HessianSum()
-    for part_x, part_y in zip(np.split(layer.X.T, 4), np.split(layer.Y.T, 4), strict=True):
-        moments.add(part_y.reshape(2, -1, part_y.shape[1]))
-        mixed.add(part_x, part_y)
-    np.testing.assert_allclose(moments.result(), layer.H, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(mixed.result(), layer.G, rtol=1e-4, atol=1e-4)
-    with pytest.raises(DataError, match="DATA-EMPTY"):
-        HessianSum().result()
-    with pytest.raises(DataError, match="DATA-NOT-FINITE"):
-        HessianSum().add(np.array([[np.inf, 1]]))
 
 
 def test_bad_input(layer: Any) -> None:

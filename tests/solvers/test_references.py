@@ -1,7 +1,8 @@
 """Slow comparison with public implementations, which are not a part of this project.
 
 Set ONNXQ_REFERENCES to a folder that holds checkouts named ``gptq`` (IST-DASLab), ``GPTAQ`` and
-``hqq``; torch must be importable. Without them the tests are skipped.
+``hqq``; torch must be importable, and for Qronos the package ``brevitas``. Without them the tests
+are skipped.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from onnxq.solvers.gptaq import gptaq
 from onnxq.solvers.gptq import gptq
 from onnxq.solvers.hessian import output_error
 from onnxq.solvers.hqq import hqq
+from onnxq.solvers.qronos import qronos
 
 pytestmark = pytest.mark.slow
 # The references work in float32 and form the inverse; a weight near a tie may fall either way,
@@ -119,6 +121,72 @@ def test_gptaq_is_that_of_its_authors(layer: Any, monkeypatch: pytest.MonkeyPatc
     assert np.mean(np.rint((ours - theirs) / scale[:, None]) == 0) > SAME_CODES
     losses = [layer.loss(v) for v in (ours, theirs)]
     assert losses[0] == pytest.approx(losses[1], rel=SAME_LOSS)
+
+
+def of_brevitas(layer: Any, scale: np.ndarray, damping: float, act_order: bool) -> np.ndarray:
+    """The weight that brevitas's Qronos leaves, on the grid of 4-bit integers times ``scale``."""
+    pytest.importorskip("torch")
+    module = pytest.importorskip("brevitas.graph.qronos")
+    import torch
+
+    steps = torch.tensor(scale)[:, None]
+
+    class OnOurGrid(module.Qronos):  # type: ignore[name-defined, misc]
+        """Scales of brevitas follow the weights while they change; here they stay."""
+
+        def __init__(self) -> None:
+            weight = torch.tensor(layer.W)
+            quantizer = types.SimpleNamespace(requires_quant_input=False)
+            self.layer = types.SimpleNamespace(
+                weight=types.SimpleNamespace(data=weight),
+                weight_orig=types.SimpleNamespace(data=weight.clone()),
+                weight_quant=quantizer,
+            )
+            self.name, self.groups, self.columns = "layer", 1, weight.shape[1]
+            self.blocksize, self.alpha, self.act_order = 16, 1.0, act_order
+            self.device, self.dtype = "cpu", torch.float64
+            self.H = torch.tensor(layer.H)[None]
+            self.G = torch.tensor(layer.G)[None]
+
+        @property
+        def use_intermediate_buffer(self) -> bool:
+            return False
+
+        def rounded(self) -> Any:
+            values = self.layer.weight.data
+            return torch.clip(torch.round(values / steps), -8, 7) * steps
+
+        def get_quant_weights(
+            self, i: int, i1: int, order: Any, with_quant_history: bool = False
+        ) -> Any:
+            found, column = self.rounded()[None], i + i1
+            if with_quant_history:
+                return found[:, :, order[0][:column]]
+            return found[0, :, order[0][column]][None]
+
+    # They damp by a part of the largest eigenvalue, we by a part of the mean diagonal.
+    solver = OnOurGrid()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "power_iteration", lambda *_: damping)
+        solver.single_layer_update()
+    return np.asarray(solver.rounded().numpy())
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_qronos_is_that_of_brevitas(layer: Any, act_order: bool) -> None:
+    """The package of its authors; H, G and grid are the same."""
+    fmt = parse_format("int4")
+    params = gptq(layer.W, layer.H, fmt).params
+    scale = params.scale.reshape(-1)
+    damping = 0.01 * float(np.mean(np.diag(layer.H)))
+    theirs = of_brevitas(layer, scale, damping, act_order)
+    found = qronos(layer.W, layer.H, fmt, G=layer.G, params=params, act_order=act_order, damp=0.01)
+    ours = found.values()
+    assert np.mean(np.rint((ours - theirs) / scale[:, None]) == 0) > SAME_CODES
+    losses = [layer.loss(v) for v in (ours, theirs)]
+    assert losses[0] == pytest.approx(losses[1], rel=SAME_LOSS)
+    plain = gptq(layer.W, layer.H, fmt, params=params, act_order=act_order).values()
+    assert np.mean(np.rint((plain - theirs) / scale[:, None]) == 0) < 0.9
 
 
 def test_hqq_loses_no_more_than_that_of_its_authors(layer: Any) -> None:
