@@ -19,7 +19,7 @@ def streams(tmp_path: Path) -> tuple[np.ndarray, np.ndarray, MomentTask]:
         stream = Stream(tmp_path / name)
         for number, array in enumerate(samples):
             stream.put(number, {"x": array})
-    task = MomentTask(str(tmp_path / "rounded"), str(tmp_path / "exact"), "x", range(3), 0.0)
+    task = MomentTask(str(tmp_path / "rounded"), str(tmp_path / "exact"), "x", "x", range(3), 0.0)
     return rounded.reshape(-1, K), exact.reshape(-1, K), task
 
 
@@ -34,7 +34,9 @@ def test_moments_are_those_of_all_samples_at_once(tmp_path: Path) -> None:
 
 def test_parts_add_up_to_the_whole(tmp_path: Path) -> None:
     *_, task = streams(tmp_path)
-    parts = [sum_moments(MomentTask(task.rounded, "", "x", range(i, i + 1), 0.0)) for i in range(3)]
+    parts = [
+        sum_moments(MomentTask(task.rounded, "", "x", "x", range(i, i + 1), 0.0)) for i in range(3)
+    ]
     total = parts[0].plus(parts[1]).plus(parts[2])
     assert total.cross is None
     np.testing.assert_array_equal(total.gram, sum_moments(task).gram)
@@ -51,5 +53,5 @@ def test_the_cap_reaches_the_moments(tmp_path: Path) -> None:
     rows = np.ones((4, K), np.float32)
     rows[0] *= 10
     Stream(tmp_path / "s").put(0, {"x": rows})
-    found = sum_moments(MomentTask(str(tmp_path / "s"), "", "x", range(1), 2.0))
+    found = sum_moments(MomentTask(str(tmp_path / "s"), "", "x", "x", range(1), 2.0))
     assert found.gram[0, 0] == pytest.approx(3 + 2, rel=1e-6)
