@@ -56,6 +56,7 @@ class Case:
         passes: behind the transform.
         transform: name of one of ``TRANSFORMS``, or a pipeline text.
         table: the table that it belongs to.
+        samples: windows to calibrate on, if not the eight of all.
         peer: not made by onnxq.
     """
 
@@ -64,6 +65,7 @@ class Case:
     passes: str = ""
     transform: str = "none"
     table: str = "static"
+    samples: int = 0
     peer: bool = False
 
     @property
@@ -90,7 +92,8 @@ TRANSFORMS = {
 
 STATIC = "calibrate{method=mse}, assign, qdq"
 DOWN = 'partial{layers=["*layers.11/mlp/down_proj*","*layers.28/mlp/down_proj*"]}'
-INT4 = "weights=int4 block=32 weight-method=mse"
+INT4 = "weights=uint4 symmetric-weights=false block=32 weight-method=mse"
+HEAD8 = 'set-format{layers=["*lm_head*"] format=int8}'
 KL_STEP = 8
 SOLVER = "sequential{solver=gptaq}"
 
@@ -147,14 +150,16 @@ def _w4() -> list[Case]:
     both = f"assign{{mode=per-token {INT4} activations=int8}}"
     rows = []
     for table, assign in (("w4a16", weights), ("w4a8", both)):
-        solved = f"{assign}, {SOLVER}, qdq"
+        plan = f"{assign}, {HEAD8}"
+        solved = f"{plan}, {SOLVER}, qdq"
         rows += [
-            Case(f"{table}-rtn", "RTN", f"{assign}, qdq", "none", table),
-            Case(f"{table}-folded", "norms folded, RTN", f"{assign}, qdq", "folded", table),
-            Case(f"{table}-gptaq", "norms folded, GPTAQ", solved, "folded", table),
-            Case(f"{table}-rot", "R1 R2 R4, GPTAQ", solved, "quarot", table),
-            Case(f"{table}-learned", "smooth-rot + learned R1 R2, GPTAQ", solved, "learned", table),
-        ]
+            Case(f"{table}-rtn", "RTN", f"{plan}, qdq", "none", table),
+            Case(f"{table}-folded", "norms folded, RTN", f"{plan}, qdq", "folded", table),
+            Case(f"{table}-gptaq", "norms folded, GPTAQ", solved, "folded", table, 16),
+            Case(f"{table}-rot", "R1 R2 R4, GPTAQ", solved, "quarot", table, 16),
+            Case(f"{table}-best", "smooth-quant, R1 R2 R4, GPTAQ",
+                 solved, "smooth-quarot", table, 16),
+        ]  # fmt: skip
     return rows
 
 
@@ -275,7 +280,8 @@ def make(setup: Setup, case: Case) -> tuple[Path, dict[str, float]]:
         quantize_dynamic(setup.source, path, per_channel=True, weight_type=QuantType.QInt8)
         return path, {"share": 100.0}
     base, before = transformed(setup, case.before)
-    result, figures = run_passes(setup, base, case.passes, path)
+    own = dataclasses.replace(setup, samples=case.samples or setup.samples)
+    result, figures = run_passes(own, base, case.passes, path)
     figures["seconds"] += before["seconds"]
     figures["peak"] = max(figures["peak"], before["peak"])
     return path, {**figures, "share": share_of_products(setup, result)}
