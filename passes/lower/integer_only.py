@@ -17,7 +17,7 @@ from onnxq.passes.decide.calibrate import RANGE_RULE
 from onnxq.passes.keys import PLAN, ROUNDED, STATISTICS
 from onnxq.passes.lower.integer_functions import Options
 from onnxq.passes.lower.integer_graph import IntegerLowering
-from onnxq.passes.lower.integer_nodes import no_integer_form, source_of
+from onnxq.passes.lower.integer_nodes import no_integer_form, refuse_decoder, source_of
 from onnxq.passes.lower.qdq import forget_shapes
 from onnxq.passes.lower.weights import integer_format
 from onnxq.passes.weights.rounded import RoundedWeights
@@ -117,6 +117,7 @@ def _ranged(structure: Structure) -> list[str]:
 
 
 def _refuse_what_cannot_be(structure: Structure) -> None:
+    refuse_decoder(structure.graph)
     if structure.fused_attentions:
         raise no_integer_form(structure.fused_attentions[0].node)
     for node in structure.graph:

@@ -266,6 +266,26 @@ def test_what_has_no_integer_form_is_named(model: ir.Model, code: str, named: st
     assert caught.value.code == code
 
 
+def _decoder(kind: str) -> ir.Model:
+    body = {
+        "rotary": "g (float[B,4] x) => (float[B,4] y) { h = MatMul (x, w)\n n = Neg (h)\n"
+        " r = Concat <axis = -1> (n, h)\n y = MatMul (r, v) }",
+        "cache": "g (float[B,4] x, float[P,4] past) => (float[T,4] y) { h = MatMul (x, w)\n"
+        " r = Concat <axis = 0> (past, h)\n y = MatMul (r, w) }",
+    }[kind]
+    weights = {"w": np.eye(4, dtype=np.float32), "v": np.ones((8, 4), np.float32)}
+    return h.model_of(body, {n: a for n, a in weights.items() if f" {n})" in body}, opset=21)
+
+
+@pytest.mark.parametrize(("kind", "named"), [("rotary", "rotary"), ("cache", "cache of keys")])
+def test_decoders_are_refused_as_such(kind: str, named: str) -> None:
+    fed = {"x": np.ones((2, 4), np.float32), "past": np.ones((3, 4), np.float32)}
+    fed = {name: array for name, array in fed.items() if kind == "cache" or name == "x"}
+    with pytest.raises(OnnxqError, match=f"is a decoder: {named}") as caught:
+        h.apply(_decoder(kind), Calibrate(), Assign(), IntegerOnly(), samples=[fed])
+    assert caught.value.code == "UNSUPPORTED-INTEGER-DECODER"
+
+
 def test_a_plan_with_float_layers_is_refused() -> None:
     from onnxq.passes.decide.partial import Partial
 
