@@ -9,7 +9,7 @@ hand on, each R2 from what its heads hand to the output layer. All is folded int
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -22,6 +22,7 @@ from onnxq.graph.match import Structure, ValueToOutput, analyze
 from onnxq.passes.contract import Context, Pass, PassReport
 from onnxq.passes.keys import PLAN, STATISTICS
 from onnxq.passes.transform.fold_norm import FOLDED_NORMS
+from onnxq.passes.transform.loss_rotation import LossOptions, turn_by_loss
 from onnxq.passes.transform.residual import ResidualStream, find_residual_streams
 from onnxq.passes.transform.rotate import (
     attentions_of,
@@ -35,7 +36,6 @@ from onnxq.solvers.learn_rotation import (
     Float32,
     Float64,
     LearnedRotation,
-    Objective,
     learn_rotation,
     normalized,
 )
@@ -48,8 +48,10 @@ class LearnRotation(Pass):
     Args:
         r1: learn and rotate the residual stream.
         r2: learn and rotate the values of each head.
-        objective: what is made small: ``kurtosis`` of rows, as far as 1.8 (KurTail), or the squared
-            ``range`` of rows or blocks, which is that of the step of their grid.
+        objective: what is made small: ``kurtosis`` of rows, as far as 1.8 (KurTail); the squared
+            ``range`` of rows or blocks, which is that of the step of their grid; or the ``loss`` of
+            next tokens with rounded activations (SpinQuant), which needs torch.
+        bits: of the integers that activations are rounded to while learning by the loss.
         steps: gradient steps for each rotation.
         rows: rows of each activation that is learned from.
         block: channels that are rotated together, by a block-diagonal matrix; 0 for all of the
@@ -66,7 +68,8 @@ class LearnRotation(Pass):
 
     r1: bool = True
     r2: bool = True
-    objective: Objective = "kurtosis"
+    objective: Literal["kurtosis", "range", "loss"] = "kurtosis"
+    bits: int = 4
     steps: int = 100
     rows: int = 128
     block: int = 0
@@ -77,11 +80,19 @@ class LearnRotation(Pass):
             raise SpecError("SPEC-RANGE", f"steps={self.steps} rows={self.rows}: at least 1 each")
         if self.block < 0 or self.block == 1:
             raise SpecError("SPEC-RANGE", f"block={self.block}: blocks have two channels at least")
+        if not 2 <= self.bits <= 8:
+            raise SpecError("SPEC-RANGE", f"bits={self.bits} is not between 2 and 8")
+
+    def wants_data(self) -> bool:
+        """The loss is taken on samples; the other objectives need statistics alone."""
+        return self.objective == "loss"
 
     def requests(self, model: ir.Model) -> list[StatRequest]:
         """Rows of what the norms and the heads hand on."""
         structure = analyze(model)
         names: list[str] = []
+        if self.objective == "loss":
+            return []
         if self.r1:
             for stream in find_residual_streams(structure):
                 if why_not_rotatable(structure, stream) is None:
@@ -101,6 +112,10 @@ class LearnRotation(Pass):
         report = PassReport()
         statistics = ctx.artifacts.get(STATISTICS)
         rng = np.random.default_rng(ctx.seed if self.seed < 0 else self.seed)
+        if self.objective == "loss":
+            options = LossOptions(self.r1, self.r2, self.steps, self.rows, self.block, self.bits)
+            turn_by_loss(options, model, ctx, rng, report)
+            return report
         if self.r1:
             self._rotate_streams(model, ctx, rng, statistics, report)
         if self.r2:
@@ -155,7 +170,7 @@ class LearnRotation(Pass):
                     start,
                     steps=self.steps,
                     keep_ones=keep_ones,
-                    objective=self.objective,
+                    objective="range" if self.objective == "range" else "kurtosis",
                 )
             )
         return _Learned(scipy.linalg.block_diag(*(part.matrix for part in parts)), parts)
@@ -223,7 +238,7 @@ def _ways(structure: Structure) -> dict[str, ValueToOutput]:
     return {name: way for name, way in found.items() if not isinstance(way, str)}
 
 
-def _gain(objective: Objective, learned: list[LearnedRotation]) -> str:
+def _gain(objective: str, learned: list[LearnedRotation]) -> str:
     before = float(np.mean([each.before for each in learned]))
     after = float(np.mean([each.after for each in learned]))
     if objective == "kurtosis":
