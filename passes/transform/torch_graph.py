@@ -88,11 +88,11 @@ class TorchGraph:
         made: dict[tuple[ir.Value, int], Tensor] = {}
         for node in self._graph:
             inputs: list[Any] = []
-            for index, value in enumerate(node.inputs):
-                x = None if value is None else values[value]
+            for index, read in enumerate(node.inputs):
+                x = None if read is None else values[read]
                 function = instead.get((node, index))
-                if value is not None and function is not None:
-                    key = (value, id(function))
+                if read is not None and function is not None:
+                    key = (read, id(function))
                     if key not in made:
                         made[key] = function(x)
                     x = made[key]
