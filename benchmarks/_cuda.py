@@ -11,11 +11,14 @@ import numpy as np
 
 from onnxq.custom_ops.cuda_calls import (
     MATRIX_WORKSPACE,
+    Activations,
     CudaKernels,
     ElementType,
+    Float8GroupsArgs,
     HadamardArgs,
     MatrixProduct,
     MatrixType,
+    Operands,
     Outliers,
     PerTokenArgs,
     QuantizeBlockArgs,
@@ -128,9 +131,15 @@ class Device:
         return run, q, scale
 
     def dynamic_product(
-        self, x: Any, weight: Weight, *, named: Any = None, threshold: float = 0.0
+        self,
+        x: Any,
+        weight: Weight,
+        activations: Activations = Activations.INT8,
+        *,
+        named: Any = None,
+        threshold: float = 0.0,
     ) -> tuple[Callable[[], None], Any]:
-        """`product` with rows that are quantized to INT8 first, but for columns of outliers."""
+        """`product` with rows that are quantized first, but for columns of outliers."""
         import torch
 
         y = torch.full((x.shape[0], weight.n), float("nan"), dtype=x.dtype, device="cuda")
@@ -141,13 +150,13 @@ class Device:
         if named is not None:
             outliers.named, outliers.named_count = named.data_ptr(), named.shape[0]
         plan = self.kernels.dynamic_plan(
-            args, kind, element, outliers, int8_levels=weight.int8_levels
+            args, kind, element, outliers, operands=weight.operands(activations)
         )
         scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8, device="cuda")
 
         def run() -> None:
             self.kernels.dynamic_quant_mat_mul(
-                *(args, kind, element, weight.unit, outliers, plan),
+                *(args, kind, element, activations, weight.unit, outliers, plan),
                 *(scratch.data_ptr(), self.stream()),
             )
 
@@ -169,6 +178,19 @@ class Device:
             )
 
         return run, y
+
+    def float8_groups(self, x: Any, group: int) -> tuple[Callable[[], None], Any, Any]:
+        """What quantizes ``[rows, K]`` to FP8, the numbers and ``[K / group, rows]`` scales."""
+        import torch
+
+        q = torch.full(x.shape, float("nan"), device="cuda").to(torch.float8_e4m3fn)
+        scale = torch.full((x.shape[1] // group, x.shape[0]), float("nan"), device="cuda")
+        args = Float8GroupsArgs(x.data_ptr(), q.data_ptr(), scale.data_ptr(), *x.shape, group)
+
+        def run() -> None:
+            self.kernels.float8_groups(args, element_of(x), stream=self.stream())
+
+        return run, q, scale
 
     def hadamard(
         self, x: Any, core: Any, block: int, scale: float, *, group: int | None = None
@@ -195,7 +217,13 @@ class Device:
         return run, y, scales
 
     def matrix_product(
-        self, x: Any, weights: Any, *, x_scales: Any = None, weights_scales: Any = None
+        self,
+        x: Any,
+        weights: Any,
+        *,
+        x_scales: Any = None,
+        weights_scales: Any = None,
+        scale_block: int = 0,
     ) -> tuple[Callable[[], None], Any]:
         """What runs ``x @ weights.T`` of int8 or FP8 on cuBLASLt, and where it writes."""
         import torch
@@ -210,7 +238,7 @@ class Device:
             MatrixType.INT32 if integers else MatrixType.BFLOAT16,
             *(x.data_ptr(), weights.data_ptr(), y.data_ptr()),
             *(None if t is None else t.data_ptr() for t in (x_scales, weights_scales)),
-            workspace.data_ptr(),
+            *(scale_block, workspace.data_ptr()),
         )
 
         def run() -> None:
@@ -234,6 +262,12 @@ class Weight:
         )
         self.int8_levels = is_int8(packed.inputs["levels"])
         self.has_bias = bool(packed.inputs["bias"].any())
+
+    def operands(self, activations: Activations) -> Operands:
+        """What both operands can be stored as."""
+        if activations == Activations.INT8:
+            return Operands.INT8 if self.int8_levels else Operands.NONE
+        return Operands.FLOAT8 if self.kind == WeightKind.E4M3 else Operands.NONE
 
     @property
     def stored_bytes(self) -> int:

@@ -47,6 +47,22 @@ class Route(IntEnum):
     TILE = 2
     EXPAND = 3
     INTEGER = 4
+    FLOAT8 = 5
+
+
+class Operands(IntEnum):
+    """What the operands of a product with quantized rows can be stored as, beside 16-bit floats."""
+
+    NONE = 0
+    INT8 = 1
+    FLOAT8 = 2
+
+
+class Activations(IntEnum):
+    """What rows of activations are quantized to."""
+
+    INT8 = 0
+    FLOAT8 = 1
 
 
 ELEMENT_TYPES: Mapping[np.dtype[Any], ElementType] = {
@@ -91,6 +107,16 @@ class PerTokenArgs(ctypes.Structure):
         ("scale", ctypes.c_void_p),
         ("outlier", ctypes.c_void_p),
         ("k", ctypes.c_int),
+    )
+
+
+class Float8GroupsArgs(ctypes.Structure):
+    """``Float8GroupsArgs`` of ``float8.h``: ``scale`` is ``[K / group, rows]``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "q", "scale")),
+        ("rows", ctypes.c_int64),
+        *((name, ctypes.c_int) for name in ("k", "group")),
     )
 
 
@@ -182,7 +208,9 @@ class MatrixProduct(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("m", "n", "k")),
         *((name, ctypes.c_int) for name in ("input", "output")),
         *((name, ctypes.c_void_p) for name in ("x", "weights", "y")),
-        *((name, ctypes.c_void_p) for name in ("x_scales", "weights_scales", "workspace")),
+        *((name, ctypes.c_void_p) for name in ("x_scales", "weights_scales")),
+        ("scale_block", ctypes.c_int),
+        ("workspace", ctypes.c_void_p),
     )
 
 
@@ -228,13 +256,13 @@ class CudaKernels:
         kind: WeightKind,
         element: ElementType,
         *,
-        int8_levels: bool = False,
+        operands: Operands = Operands.NONE,
     ) -> Plan:
         """How to run a product on the present device; see ``onnxq_cuda_plan``."""
         made = Plan()
         self._check(
             self._handle.onnxq_cuda_plan(
-                *(ctypes.byref(args), int(kind), int(element), int(int8_levels)),
+                *(ctypes.byref(args), int(kind), int(element), int(operands)),
                 ctypes.byref(made),
             )
         )
@@ -247,13 +275,13 @@ class CudaKernels:
         element: ElementType,
         outliers: Outliers,
         *,
-        int8_levels: bool,
+        operands: Operands,
     ) -> Plan:
-        """How to run a product with rows that are quantized to INT8 on the way."""
+        """How to run a product with rows that are quantized on the way."""
         made = Plan()
         self._check(
             self._handle.onnxq_cuda_dynamic_plan(
-                *(ctypes.byref(args), int(kind), int(element), int(int8_levels)),
+                *(ctypes.byref(args), int(kind), int(element), int(operands)),
                 *(ctypes.byref(outliers), ctypes.byref(made)),
             )
         )
@@ -264,6 +292,7 @@ class CudaKernels:
         args: QuantMatMulArgs,
         kind: WeightKind,
         element: ElementType,
+        activations: Activations,
         unit: float,
         outliers: Outliers,
         plan: Plan,
@@ -273,8 +302,8 @@ class CudaKernels:
         """Run such a plan; ``scratch`` holds ``plan.scratch_bytes``."""
         self._check(
             self._handle.onnxq_cuda_dynamic_quant_mat_mul(
-                *(ctypes.byref(args), int(kind), int(element), ctypes.c_float(unit)),
-                *(ctypes.byref(outliers), ctypes.byref(plan)),
+                *(ctypes.byref(args), int(kind), int(element), int(activations)),
+                *(ctypes.c_float(unit), ctypes.byref(outliers), ctypes.byref(plan)),
                 *(ctypes.c_void_p(scratch), ctypes.c_void_p(stream)),
             )
         )
@@ -303,12 +332,28 @@ class CudaKernels:
         )
 
     def per_token(
-        self, args: PerTokenArgs, rows: int, element: ElementType, *, floats: bool, stream: int
+        self,
+        args: PerTokenArgs,
+        rows: int,
+        element: ElementType,
+        activations: Activations = Activations.INT8,
+        *,
+        floats: bool,
+        stream: int,
     ) -> None:
-        """Quantize rows; to integers in the type of x with ``floats``."""
+        """Quantize rows; to numbers in the type of x with ``floats``."""
         self._check(
             self._handle.onnxq_cuda_per_token(
-                ctypes.byref(args), rows, int(element), int(floats), ctypes.c_void_p(stream)
+                *(ctypes.byref(args), rows, int(element), int(activations), int(floats)),
+                ctypes.c_void_p(stream),
+            )
+        )
+
+    def float8_groups(self, args: Float8GroupsArgs, element: ElementType, *, stream: int) -> None:
+        """Quantize rows to FP8 with a scale a group of columns."""
+        self._check(
+            self._handle.onnxq_cuda_float8_groups(
+                ctypes.byref(args), int(element), ctypes.c_void_p(stream)
             )
         )
 
@@ -331,7 +376,7 @@ class CudaKernels:
         )
 
     def matrix_product(self, product: MatrixProduct, *, stream: int) -> None:
-        """``y = x @ weights.T`` on cuBLASLt, with scales of the rows of both for FP8."""
+        """``y = x @ weights.T`` on cuBLASLt, with scales of rows or of blocks for FP8."""
         self._check(
             self._handle.onnxq_cuda_matrix_product(ctypes.byref(product), ctypes.c_void_p(stream))
         )

@@ -78,51 +78,6 @@ int LaunchExpanded(QuantMatMulArgs a, void* scratch, cudaStream_t stream) {
   return LaunchStatus();
 }
 
-__global__ void __launch_bounds__(kExpandThreads)
-    ExpandLevels(const QuantMatMulArgs a, int8_t* out) {
-  DeviceBlock block;
-  ExpandLevelsBody(block, a, out);
-}
-
-template <class T>
-__global__ void __launch_bounds__(kScaleThreads)
-    ScaleIntegers(const QuantMatMulArgs a, const int32_t* products) {
-  DeviceBlock block;
-  ScaleIntegersBody<T>(block, a, products);
-}
-
-// The levels as a plain matrix of int8, cuBLASLt's product in int32, then the scales.
-int LaunchIntegers(const QuantMatMulArgs& a, int element, void* scratch, cudaStream_t stream) {
-  const IntegerScratch parts(a);
-  auto* const base = static_cast<char*>(scratch);
-  auto* const weights = reinterpret_cast<int8_t*>(base);
-  auto* const products = reinterpret_cast<int32_t*>(base + parts.products);
-  const dim3 grid(static_cast<unsigned>(CeilDivide(a.n, kPanel)),
-                  static_cast<unsigned>(ExpandPieces(a)));
-  ExpandLevels<<<grid, kExpandThreads, size_t{1} << a.bits, stream>>>(a, weights);
-  int status = LaunchStatus();
-  if (status != 0) return status;
-  MatrixProduct product;
-  product.m = a.m;
-  product.n = a.n;
-  product.k = a.k;
-  product.input = MatrixType::kInt8;
-  product.output = MatrixType::kInt32;
-  product.x = a.x;
-  product.weights = weights;
-  product.y = products;
-  product.workspace = base + parts.workspace;
-  int device = 0;
-  status = static_cast<int>(cudaGetDevice(&device));
-  if (status == 0) status = RunMatrixProduct(product, device, stream);
-  if (status != 0) return status;
-  const auto blocks = static_cast<unsigned>(CeilDivide(int64_t{a.m} * a.n, kScaleThreads));
-  return ForElement(element, [&](auto t) {
-    ScaleIntegers<decltype(t)><<<blocks, kScaleThreads, 0, stream>>>(a, products);
-    return LaunchStatus();
-  });
-}
-
 }  // namespace
 }  // namespace onnxq::cuda
 
@@ -158,7 +113,7 @@ ONNXQ_CUDA_EXPORT int onnxq_cuda_classify(const float* levels, int bits, int zer
 }
 
 ONNXQ_CUDA_EXPORT int onnxq_cuda_plan(const QuantMatMulArgs* args, int kind, int element,
-                                      int int8_levels, Plan* plan) {
+                                      int operands, Plan* plan) {
   int device = 0;
   int multiprocessors = 0;
   int status = static_cast<int>(cudaGetDevice(&device));
@@ -166,9 +121,20 @@ ONNXQ_CUDA_EXPORT int onnxq_cuda_plan(const QuantMatMulArgs* args, int kind, int
   status = static_cast<int>(
       cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   if (status != 0) return status;
+  int major = 0;
+  int minor = 0;
+  status =
+      static_cast<int>(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  if (status != 0) return status;
+  status =
+      static_cast<int>(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  if (status != 0) return status;
+  // Tensor cores multiply FP8 from Ada on.
+  auto usable = static_cast<Operands>(operands);
+  if (usable == Operands::kFloat8 && 10 * major + minor < 89) usable = Operands::kNone;
   const int bytes = static_cast<Element>(element) == Element::kFloat32 ? 4 : 2;
   *plan = PlanQuantMatMul(*args, static_cast<WeightKind>(kind), bytes, multiprocessors,
-                          MatrixLibraryThere(), int8_levels != 0);
+                          MatrixLibraryThere(), usable);
   return 0;
 }
 
@@ -193,6 +159,9 @@ ONNXQ_CUDA_EXPORT int onnxq_cuda_quant_mat_mul(const QuantMatMulArgs* args, int 
       return kErrorArguments;
     case Route::kInteger:
       return LaunchIntegers(a, element, scratch, stream);
+    case Route::kFloat8:
+      a.factor *= unit;
+      return LaunchFloat8(a, element, scratch, stream);
     case Route::kGemv:
       a.factor *= unit;
       return LaunchGemv(a, weights, element, *plan, stream);

@@ -25,6 +25,8 @@ constexpr int kDescScalePointerB = 18;
 constexpr int kDescScaleModeA = 31;
 constexpr int kDescScaleModeB = 32;
 constexpr int kScaleModeOuterVector = 3;  // a float32 for each row or column
+constexpr int kScaleModeVector128 = 4;    // for 128 neighbours along k
+constexpr int kScaleModeBlock128 = 5;     // for 128 by 128
 constexpr int kPreferenceMaxWorkspace = 1;
 
 struct Algorithm {
@@ -151,10 +153,13 @@ bool Prepare(Handle handle, const MatrixProduct& p, Prepared* made) {
       Lt().MatrixLayoutCreate(&made->y, static_cast<int>(p.output), n, m, p.n) != 0) {
     return false;
   }
+  const bool blocks = p.scale_block != 0;
   if (p.x_scales != nullptr &&
       !(SetScales(made->descriptor, p) &&
-        SetAttribute(made->descriptor, kDescScaleModeA, kScaleModeOuterVector) &&
-        SetAttribute(made->descriptor, kDescScaleModeB, kScaleModeOuterVector))) {
+        SetAttribute(made->descriptor, kDescScaleModeA,
+                     blocks ? kScaleModeBlock128 : kScaleModeOuterVector) &&
+        SetAttribute(made->descriptor, kDescScaleModeB,
+                     blocks ? kScaleModeVector128 : kScaleModeOuterVector))) {
     return false;
   }
   return FindAlgorithm(handle, made);
@@ -173,7 +178,8 @@ class Cache {
                      p.k,
                      static_cast<int64_t>(p.input),
                      static_cast<int64_t>(p.output),
-                     p.x_scales != nullptr};
+                     p.x_scales != nullptr,
+                     p.scale_block};
     std::unique_ptr<Prepared>& made = shapes_[key];
     if (made == nullptr) {
       made = std::make_unique<Prepared>();
@@ -195,7 +201,7 @@ class Cache {
   }
 
  private:
-  using Key = std::array<int64_t, 7>;
+  using Key = std::array<int64_t, 8>;
   std::mutex mutex_;
   std::map<int, Handle> handles_;
   std::map<Key, std::unique_ptr<Prepared>> shapes_;

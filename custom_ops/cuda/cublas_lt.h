@@ -20,7 +20,8 @@ inline constexpr int kErrorMatrixLibrary = 100002;
 inline constexpr size_t kMatrixWorkspace = size_t{32} << 20;  // what NVIDIA advises for Hopper
 
 // y[m, n] = sum over k of x[m, k] · weights[n, k], all row-major; in float32, or exactly in int32.
-// FP8 operands may carry float32 scales: one a row of x and one a row of weights.
+// FP8 operands may carry float32 scales: one a row of x and one a row of weights; or, with
+// scale_block, one a row of x and 128 of its columns, and one a 128 by 128 block of the weights.
 struct MatrixProduct {
   int64_t m = 0;
   int64_t n = 0;
@@ -30,8 +31,9 @@ struct MatrixProduct {
   const void* x = nullptr;
   const void* weights = nullptr;
   void* y = nullptr;
-  const float* x_scales = nullptr;        // [m], or null
-  const float* weights_scales = nullptr;  // [n], or null
+  const float* x_scales = nullptr;        // [m] or [k / 128, m], or null
+  const float* weights_scales = nullptr;  // [n] or [n / 128, k / 128 rounded up to 4s], or null
+  int scale_block = 0;                    // 0 or 128
   void* workspace = nullptr;              // kMatrixWorkspace bytes, 256-byte aligned
 };
 

@@ -39,22 +39,21 @@ OutlierArgs FoundIn(const QuantMatMulArgs& a, const Outliers& o, const DynamicSc
 }  // namespace
 
 ONNXQ_CUDA_EXPORT int onnxq_cuda_dynamic_plan(const QuantMatMulArgs* args, int kind, int element,
-                                              int int8_levels, const Outliers* outliers,
-                                              Plan* plan) {
+                                              int operands, const Outliers* outliers, Plan* plan) {
   // The plan asks whether these are there, not for what they hold.
   float there = 0;
   QuantMatMulArgs a = *args;
   const bool adds = outliers->named_count > 0 || outliers->threshold > 0;
   a.row_scale = &there;
   a.sums = adds ? &there : nullptr;
-  const int status = onnxq_cuda_plan(&a, kind, element, int8_levels, plan);
+  const int status = onnxq_cuda_plan(&a, kind, element, operands, plan);
   if (status != 0) return status;
   plan->scratch_bytes += DynamicScratch(a, plan->route, ElementBytes(element), *outliers).product;
   return 0;
 }
 
 ONNXQ_CUDA_EXPORT int onnxq_cuda_dynamic_quant_mat_mul(const QuantMatMulArgs* args, int kind,
-                                                       int element, float unit,
+                                                       int element, int activations, float unit,
                                                        const Outliers* outliers, const Plan* plan,
                                                        void* scratch, OnnxqStream stream) {
   if (args->m == 0) return 0;
@@ -71,9 +70,9 @@ ONNXQ_CUDA_EXPORT int onnxq_cuda_dynamic_quant_mat_mul(const QuantMatMulArgs* ar
   rows.scale = memory.At<float>(parts.row_scale);
   rows.outlier = parts.adds ? found.outlier : nullptr;
   rows.k = args->k;
-  // As int8 for cuBLASLt, else as floats of x's type, which holds them exactly.
-  const int floats = plan->route == Route::kInteger ? 0 : 1;
-  status = onnxq_cuda_per_token(&rows, args->m, element, floats, stream);
+  // As codes for cuBLASLt, else as floats of x's type, which holds them exactly.
+  const int floats = HoldsBytes(plan->route) ? 0 : 1;
+  status = onnxq_cuda_per_token(&rows, args->m, element, activations, floats, stream);
   if (status != 0) return status;
 
   QuantMatMulArgs a = *args;

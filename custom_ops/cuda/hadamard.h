@@ -135,8 +135,7 @@ ONNXQ_DEVICE void QuantizePiece(Block& block, States& states, const Shared& shar
     if (thread == 0) block.Store(a.scales + block.X(), r.scale);
     if (count % 4 != 0) {
       for (int i = thread; i < count; i += block.Threads()) {
-        block.Store(q + i,
-                    Int8Out::From(RoundElement(Transformed(shared, a, thread, i), r.factor)));
+        block.Store(q + i, Int8Out::Quantize(Transformed(shared, a, thread, i), r));
       }
       return;
     }
@@ -146,7 +145,7 @@ ONNXQ_DEVICE void QuantizePiece(Block& block, States& states, const Shared& shar
       ONNXQ_UNROLL
       for (int j = 0; j < 4; ++j) {
         const float value = FloatFromBits(words.w[j]) * a.scale;
-        const int8_t code = Int8Out::From(RoundElement(value, r.factor));
+        const int8_t code = Int8Out::Quantize(value, r);
         four |= static_cast<uint32_t>(static_cast<uint8_t>(code)) << (8 * j);
       }
       block.Store(reinterpret_cast<uint32_t*>(q + i), four);
@@ -176,8 +175,7 @@ ONNXQ_DEVICE void QuantizeGroups(Block& block, States& states, const Shared& sha
         const RowScale r = ScaleOfRow(states[thread].max_bits);
         if (lane == 0) block.Store(a.scales + int64_t{block.X()} * groups + g, r.scale);
         for (int i = begin + lane; i < end; i += kWarp) {
-          block.Store(q + i,
-                      Int8Out::From(RoundElement(Transformed(shared, a, thread, i), r.factor)));
+          block.Store(q + i, Int8Out::Quantize(Transformed(shared, a, thread, i), r));
         }
       });
     }

@@ -24,6 +24,9 @@ using OnnxqStream = void*;
 namespace onnxq::cuda {
 enum class Element : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
 
+// What rows of activations are quantized to: INT8, or FP8 E4M3, each row with a scale.
+enum class Activations : int { kInt8 = 0, kFloat8 = 1 };
+
 // Codes of our own, beside cudaError_t and cublas_lt.h's kErrorMatrixLibrary.
 inline constexpr int kErrorArguments = 100001;
 inline constexpr int kErrorScratch = 100003;
@@ -42,20 +45,24 @@ int onnxq_cuda_runtime_version();
 int onnxq_cuda_classify(const float* levels, int bits, int zero_points, int nan_codes, int* offset,
                         float* unit);
 
-// How to run a product on the present device; element is an Element, kind a WeightKind. int8_levels
-// is 1 where the levels are integers of int8.
-int onnxq_cuda_plan(const onnxq::cuda::QuantMatMulArgs* args, int kind, int element,
-                    int int8_levels, onnxq::cuda::Plan* plan);
+// How to run a product on the present device; element is an Element, kind a WeightKind, operands an
+// Operands.
+int onnxq_cuda_plan(const onnxq::cuda::QuantMatMulArgs* args, int kind, int element, int operands,
+                    onnxq::cuda::Plan* plan);
 
 // Runs a plan; `scratch` has plan->scratch_bytes, 256-byte aligned. args->partial is not read. x is
-// int8 where the route is kInteger, else of `element`.
+// int8 where the route is kInteger, FP8 where it is kFloat8, else of `element`.
 int onnxq_cuda_quant_mat_mul(const onnxq::cuda::QuantMatMulArgs* args, int kind, int element,
                              float unit, const onnxq::cuda::Plan* plan, void* scratch,
                              OnnxqStream stream);
 
-// floats: 1 writes the integers in the type of x, 0 as int8.
-int onnxq_cuda_per_token(const onnxq::cuda::PerTokenArgs* args, int rows, int element, int floats,
-                         OnnxqStream stream);
+// activations is an Activations; floats: 1 writes their numbers in the type of x, 0 their codes.
+int onnxq_cuda_per_token(const onnxq::cuda::PerTokenArgs* args, int rows, int element,
+                         int activations, int floats, OnnxqStream stream);
+
+// Rows in FP8 with a scale a group of columns.
+int onnxq_cuda_float8_groups(const onnxq::cuda::Float8GroupsArgs* args, int element,
+                             OnnxqStream stream);
 
 int onnxq_cuda_hadamard(const onnxq::cuda::HadamardArgs* args, int element, OnnxqStream stream);
 
@@ -66,13 +73,15 @@ int onnxq_cuda_add_outliers(const onnxq::cuda::QuantMatMulArgs* args,
                             const onnxq::cuda::OutlierArgs* outliers, int element,
                             OnnxqStream stream);
 
-// A product with rows of x quantized to INT8 first, but for columns of outliers: plan and launch,
-// as above. Of args, row_scale and sums are not read.
+// A product with rows of x quantized first, but for columns of outliers: plan and launch, as above.
+// Of args, row_scale and sums are not read. activations is an Activations, operands an Operands:
+// what the levels can be stored as.
 int onnxq_cuda_dynamic_plan(const onnxq::cuda::QuantMatMulArgs* args, int kind, int element,
-                            int int8_levels, const onnxq::cuda::Outliers* outliers,
+                            int operands, const onnxq::cuda::Outliers* outliers,
                             onnxq::cuda::Plan* plan);
 int onnxq_cuda_dynamic_quant_mat_mul(const onnxq::cuda::QuantMatMulArgs* args, int kind,
-                                     int element, float unit, const onnxq::cuda::Outliers* outliers,
+                                     int element, int activations, float unit,
+                                     const onnxq::cuda::Outliers* outliers,
                                      const onnxq::cuda::Plan* plan, void* scratch,
                                      OnnxqStream stream);
 
@@ -80,7 +89,7 @@ int onnxq_cuda_dynamic_quant_mat_mul(const onnxq::cuda::QuantMatMulArgs* args, i
 int onnxq_cuda_quantize_block(const onnxq::cuda::QuantizeBlockArgs* args, int element,
                               float* factors, OnnxqStream stream);
 
-// A plain product on cuBLASLt: int8 to int32, or FP8 with a scale a row of each operand, fused.
+// A plain product on cuBLASLt: int8 to int32, or FP8 with fused scales of rows or of blocks.
 int onnxq_cuda_matrix_product(const onnxq::cuda::MatrixProduct* product, OnnxqStream stream);
 
 // Sets *found (device memory) to 1 where a byte is a code of E4M3's NaN; it must be 0 before.

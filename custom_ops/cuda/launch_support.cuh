@@ -41,5 +41,7 @@ int LaunchGemv(const QuantMatMulArgs& a, WeightKind kind, int element, const Pla
                cudaStream_t stream);
 int LaunchTile(const QuantMatMulArgs& a, WeightKind kind, int element, const Plan& plan,
                cudaStream_t stream);
+int LaunchIntegers(const QuantMatMulArgs& a, int element, void* scratch, cudaStream_t stream);
+int LaunchFloat8(const QuantMatMulArgs& a, int element, void* scratch, cudaStream_t stream);
 
 }  // namespace onnxq::cuda

@@ -225,22 +225,24 @@ class PackedProduct {
     ONNXQ_RETURN_IF_ERROR(GetStream(api, context, &stream));
     const bool integers = int8_activations_ != 0;
     const auto kind = static_cast<int>(format_.kind);
+    const auto operands =
+        static_cast<int>(int8_levels_ ? cuda::Operands::kInt8 : cuda::Operands::kNone);
     cuda::Plan plan;
-    const int planned = integers ? onnxq_cuda_dynamic_plan(&args, kind, kElement<type>,
-                                                           int8_levels_ ? 1 : 0, &outliers, &plan)
-                                 : onnxq_cuda_plan(&args, kind, kElement<type>, 0, &plan);
+    const int planned =
+        integers ? onnxq_cuda_dynamic_plan(&args, kind, kElement<type>, operands, &outliers, &plan)
+                 : onnxq_cuda_plan(&args, kind, kElement<type>, 0, &plan);
     ONNXQ_RETURN_IF_ERROR(Check(api, name_, planned));
     Scratch scratch(api);
     const bool needed = plan.scratch_bytes > 0;
     const size_t at = needed ? Reserve(&scratch, plan.scratch_bytes) : 0;
     if (needed) ONNXQ_RETURN_IF_ERROR(scratch.Allocate(allocator_.get()));
     void* const memory = needed ? scratch.Get<char>(at) : nullptr;
-    return Check(api, name_,
-                 integers
-                     ? onnxq_cuda_dynamic_quant_mat_mul(&args, kind, kElement<type>, format_.unit,
-                                                        &outliers, &plan, memory, stream)
-                     : onnxq_cuda_quant_mat_mul(&args, kind, kElement<type>, format_.unit, &plan,
-                                                memory, stream));
+    return Check(
+        api, name_,
+        integers ? onnxq_cuda_dynamic_quant_mat_mul(&args, kind, kElement<type>, kInt8,
+                                                    format_.unit, &outliers, &plan, memory, stream)
+                 : onnxq_cuda_quant_mat_mul(&args, kind, kElement<type>, format_.unit, &plan,
+                                            memory, stream));
   }
 
   const char* name_ = "";

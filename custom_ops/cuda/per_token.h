@@ -1,10 +1,11 @@
-// DynamicQuantizePerToken: a block takes a row; the second pass finds it in the cache.
+// Rows of activations in INT8 (DynamicQuantizePerToken) or FP8 E4M3: a block takes a row; the
+// second pass finds it in the cache.
 //
-// The same bits as on the CPU. `q` holds int8, or the same integers as floats, which is what
+// The same bits as on the CPU. `q` holds codes, or the same numbers as floats, which is what
 // QuantMatMul multiplies.
 #pragma once
 
-#include "numbers.h"
+#include "rounding.h"
 
 namespace onnxq::cuda {
 
@@ -55,9 +56,58 @@ ONNXQ_HD void SeeMagnitude(float value, uint32_t* most) {
   *most = bits > *most ? bits : *most;
 }
 
+// What rows become: how an element is stored, the scale of a row, an element from its number.
 struct Int8Out {
   using Bits = int8_t;
-  ONNXQ_HD static Bits From(float value) { return static_cast<int8_t>(value); }
+  ONNXQ_HD static RowScale ScaleOf(uint32_t max_bits) { return ScaleOfRow(max_bits); }
+  ONNXQ_HD static Bits Quantize(float x, const RowScale& r) {
+    return static_cast<int8_t>(RoundElement(x, r.factor));
+  }
+};
+
+// The same integers in the type of activations.
+template <class T>
+struct IntegersOut {
+  using Bits = typename T::Bits;
+  ONNXQ_HD static RowScale ScaleOf(uint32_t max_bits) { return ScaleOfRow(max_bits); }
+  ONNXQ_HD static Bits Quantize(float x, const RowScale& r) {
+    return T::From(RoundElement(x, r.factor));
+  }
+};
+
+// The numbers of E4M3, as QuantizeBlock rounds to them: the largest becomes 448.
+inline constexpr float kFloat8Max = 448.0F;
+
+ONNXQ_HD RowScale Float8ScaleOf(uint32_t max_bits) {
+  if (max_bits >= 0x7f800000U) return {FloatFromBits(0x7fc00000U), 0.0F};
+  const float scale = FloatFromBits(max_bits) / kFloat8Max;
+  return {scale > kFloatMin ? scale : kFloatMin, 1.0F};
+}
+ONNXQ_HD float Float8Magnitude(float x, const RowScale& r) {
+  return r.factor == 0.0F ? 0.0F : RoundMagnitude(fabsf(x) / r.scale, 3, -6, kFloat8Max);
+}
+
+struct Float8Out {
+  using Bits = uint8_t;
+  ONNXQ_HD static RowScale ScaleOf(uint32_t max_bits) { return Float8ScaleOf(max_bits); }
+  ONNXQ_HD static Bits Quantize(float x, const RowScale& r) {
+    const float magnitude = Float8Magnitude(x, r);
+    const uint32_t sign = BitsOfFloat(x) >> 24 & 0x80U;
+    // Below 2^-6 codes count steps of 2^-9, from there on they hold exponent and mantissa.
+    const uint32_t code = magnitude < 0x1p-6F ? static_cast<uint32_t>(magnitude * 512.0F)
+                                              : (BitsOfFloat(magnitude) >> 20) - (120U << 3);
+    return static_cast<uint8_t>(sign | code);
+  }
+};
+
+template <class T>
+struct Float8NumbersOut {
+  using Bits = typename T::Bits;
+  ONNXQ_HD static RowScale ScaleOf(uint32_t max_bits) { return Float8ScaleOf(max_bits); }
+  ONNXQ_HD static Bits Quantize(float x, const RowScale& r) {
+    const float magnitude = Float8Magnitude(x, r);
+    return T::From(x < 0 ? -magnitude : magnitude);
+  }
 };
 
 struct RowState {
@@ -115,7 +165,7 @@ ONNXQ_DEVICE void PerTokenBody(Block& block, const PerTokenArgs& a) {
   });
   MaxOfBlock(block, states, shared, 0);
   block.EachThread([&](int thread) {
-    const RowScale r = ScaleOfRow(states[thread].max_bits);
+    const RowScale r = Out::ScaleOf(states[thread].max_bits);
     if (thread == 0) block.Store(a.scale + row, r.scale);
     if (whole) {
       struct alignas(kVector<T> * sizeof(typename Out::Bits)) Elements {
@@ -126,13 +176,13 @@ ONNXQ_DEVICE void PerTokenBody(Block& block, const PerTokenArgs& a) {
         Elements elements;
         ONNXQ_UNROLL
         for (int j = 0; j < kVector<T>; ++j) {
-          elements.e[j] = Out::From(RoundElement(kept(i + j, ElementOf<T>(words, j)), r.factor));
+          elements.e[j] = Out::Quantize(kept(i + j, ElementOf<T>(words, j)), r);
         }
         block.Store(reinterpret_cast<Elements*>(q + i), elements);
       }
     } else {
       for (int i = thread; i < a.k; i += kRowThreads) {
-        block.Store(q + i, Out::From(RoundElement(kept(i, T::To(block.Load(x + i))), r.factor)));
+        block.Store(q + i, Out::Quantize(kept(i, T::To(block.Load(x + i))), r));
       }
     }
   });

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "cublas_lt.h"
+#include "float8.h"
 #include "outliers.h"
 #include "quant_mat_mul_any.h"
 #include "quant_mat_mul_gemv.h"
@@ -78,7 +79,13 @@ enum class Route : int {
   kTile = 2,
   kExpand = 3,   // to a plain matrix, then cuBLASLt
   kInteger = 4,  // to a plain matrix of int8, then cuBLASLt; x holds int8 then
+  kFloat8 = 5,   // to a plain matrix of FP8, then cuBLASLt; x holds FP8 then
 };
+
+// What both operands of a product with quantized rows can be stored as, beside 16-bit floats.
+enum class Operands : int { kNone = 0, kInt8 = 1, kFloat8 = 2 };
+
+inline bool HoldsBytes(Route route) { return route == Route::kInteger || route == Route::kFloat8; }
 
 struct Plan {
   Route route = Route::kAny;
@@ -113,13 +120,16 @@ struct ExpandScratch {
   int64_t bytes;
 };
 
-// The parts of kInteger's.
-struct IntegerScratch {
-  explicit IntegerScratch(const QuantMatMulArgs& a)
+// The parts of kInteger's and kFloat8's: plain weights from 0 on, cuBLASLt's, columns' scales,
+// sums.
+struct ByteScratch {
+  explicit ByteScratch(const QuantMatMulArgs& a)
       : workspace(CeilDivide(int64_t{a.n} * a.k, 256) * 256),
-        products(workspace + static_cast<int64_t>(kMatrixWorkspace)),
+        scales(workspace + static_cast<int64_t>(kMatrixWorkspace)),
+        products(scales + CeilDivide(int64_t{a.n} * 4, 256) * 256),
         bytes(products + int64_t{a.m} * a.n * 4) {}
   int64_t workspace;
+  int64_t scales;
   int64_t products;
   int64_t bytes;
 };
@@ -129,7 +139,7 @@ struct DynamicScratch {
   DynamicScratch(const QuantMatMulArgs& a, Route route, int element_bytes, const Outliers& o)
       : adds(o.named_count > 0 || o.threshold > 0),
         pieces(OutlierPieces(a.m, o.threshold)),
-        row_scale(Round(int64_t{a.m} * a.k * (route == Route::kInteger ? 1 : element_bytes))),
+        row_scale(Round(int64_t{a.m} * a.k * (HoldsBytes(route) ? 1 : element_bytes))),
         found(row_scale + Round(int64_t{a.m} * 4)),
         outlier(found + (adds ? Round(int64_t{pieces} * a.k) : 0)),
         columns(outlier + (adds ? Round(a.k) : 0)),
@@ -152,15 +162,15 @@ struct DynamicScratch {
 //   element_bytes: of the activations.
 //   multiprocessors: of the device.
 //   matrix_library: whether cuBLASLt is there.
-//   int8_levels: what HasInt8Levels says; where rows have scales, x then can be int8.
+//   operands: what x and the levels can be stored as, where rows have scales.
 inline Plan PlanQuantMatMul(const QuantMatMulArgs& a, WeightKind kind, int element_bytes,
-                            int multiprocessors, bool matrix_library, bool int8_levels) {
+                            int multiprocessors, bool matrix_library, Operands operands) {
   Plan plan;
-  const bool integers = int8_levels && a.row_scale != nullptr && a.groups == 1 &&
-                        a.zero_points == nullptr && a.k % 16 == 0 && a.n % 16 == 0;
-  if (integers && a.m > kMaxTileRows && matrix_library) {
-    plan.route = Route::kInteger;
-    plan.scratch_bytes = IntegerScratch(a).bytes;
+  const bool bytes = operands != Operands::kNone && a.row_scale != nullptr && a.groups == 1 &&
+                     a.zero_points == nullptr && a.k % 16 == 0 && a.n % 16 == 0;
+  if (bytes && a.m > kMaxTileRows && matrix_library) {
+    plan.route = operands == Operands::kInt8 ? Route::kInteger : Route::kFloat8;
+    plan.scratch_bytes = ByteScratch(a).bytes;
     return plan;
   }
   const bool tensor_cores =

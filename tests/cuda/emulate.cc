@@ -142,12 +142,12 @@ void RunHadamard(const HadamardArgs& a) {
   memory.CheckComplete();
 }
 
-void RunExpandLevels(const QuantMatMulArgs& a, int8_t* out) {
+void RunExpandBytes(const QuantMatMulArgs& a, bool as_codes, uint8_t* out) {
   Memory memory;
   Declare(&memory, a, 1);
   memory.Output(out, int64_t{a.n} * a.k);
   RunGrid(&memory, static_cast<int>(CeilDivide(a.n, kPanel)), ExpandPieces(a), 1, kExpandThreads,
-          [&](HostBlock& block) { ExpandLevelsBody(block, a, out); });
+          [&](HostBlock& block) { ExpandBytesBody(block, a, as_codes, out); });
   memory.CheckComplete();
 }
 
@@ -159,6 +159,37 @@ void RunScaleIntegers(const QuantMatMulArgs& a, const int32_t* products) {
   DeclareResult(&memory, a, static_cast<int>(sizeof(typename T::Bits)));
   RunGrid(&memory, static_cast<int>(CeilDivide(int64_t{a.m} * a.n, kScaleThreads)), 1, 1,
           kScaleThreads, [&](HostBlock& block) { ScaleIntegersBody<T>(block, a, products); });
+  memory.CheckComplete();
+}
+
+template <class T>
+void RunFloat8Groups(const Float8GroupsArgs& a) {
+  Memory memory;
+  memory.Input(a.x, a.rows * a.k * static_cast<int>(sizeof(typename T::Bits)));
+  memory.Output(a.q, a.rows * a.k);
+  memory.Output(a.scale, a.rows * (a.k / a.group) * 4);
+  RunGrid(&memory, static_cast<int>(CeilDivide(a.rows * a.k / kVector<T>, kFloat8Threads)), 1, 1,
+          kFloat8Threads, [&](HostBlock& block) { Float8GroupsBody<T>(block, a); });
+  memory.CheckComplete();
+}
+
+// What LaunchFloat8 of bytes.cu does behind cuBLASLt.
+template <class T>
+void RunScaleFloats(const QuantMatMulArgs& a, const float* products, float* scales) {
+  Memory columns;
+  Declare(&columns, a, 1);
+  columns.Output(scales, 4 * a.n);
+  RunGrid(&columns, static_cast<int>(CeilDivide(a.n, kColumnThreads)), 1, 1, kColumnThreads,
+          [&](HostBlock& block) { ColumnScalesBody(block, a, a.factor, scales); });
+  columns.CheckComplete();
+  Memory memory;
+  Declare(&memory, a, 1);
+  memory.Input(products, int64_t{a.m} * a.n * 4);
+  memory.Input(scales, 4 * a.n);
+  DeclareResult(&memory, a, static_cast<int>(sizeof(typename T::Bits)));
+  RunGrid(&memory, static_cast<int>(CeilDivide(int64_t{a.m} * a.n, kColumnThreads)), 1, 1,
+          kColumnThreads,
+          [&](HostBlock& block) { ScaleFloatsBody<T>(block, a, products, scales); });
   memory.CheckComplete();
 }
 
@@ -264,13 +295,15 @@ ONNXQ_EXPORT const char* emulate_expand(const QuantMatMulArgs* a, int type, uint
   });
 }
 
-// out: 0 int8, 1 the type of x.
+// out: 0 int8, 1 the same in the type of x; 2 codes of FP8, 3 their numbers in the type of x.
 ONNXQ_EXPORT const char* emulate_per_token(const PerTokenArgs* a, int rows, int type, int out) {
   return Guard([&] {
     ForType(type, [&](auto t) {
       using T = decltype(t);
       if (out == 0) return RunPerToken<T, Int8Out>(*a, rows);
-      return RunPerToken<T, T>(*a, rows);
+      if (out == 1) return RunPerToken<T, IntegersOut<T>>(*a, rows);
+      if (out == 2) return RunPerToken<T, Float8Out>(*a, rows);
+      return RunPerToken<T, Float8NumbersOut<T>>(*a, rows);
     });
   });
 }
@@ -297,14 +330,25 @@ ONNXQ_EXPORT const char* emulate_add_outliers(const QuantMatMulArgs* a, const Ou
   return Guard([&] { ForType(type, [&](auto t) { RunAddOutliers<decltype(t)>(*a, *o); }); });
 }
 
-ONNXQ_EXPORT const char* emulate_expand_levels(const QuantMatMulArgs* a, int8_t* out) {
-  return Guard([&] { RunExpandLevels(*a, out); });
+ONNXQ_EXPORT const char* emulate_expand_bytes(const QuantMatMulArgs* a, int as_codes,
+                                              uint8_t* out) {
+  return Guard([&] { RunExpandBytes(*a, as_codes != 0, out); });
 }
 
 ONNXQ_EXPORT const char* emulate_scale_integers(const QuantMatMulArgs* a, int type,
                                                 const int32_t* products) {
   return Guard(
       [&] { ForType(type, [&](auto t) { RunScaleIntegers<decltype(t)>(*a, products); }); });
+}
+
+ONNXQ_EXPORT const char* emulate_float8_groups(const Float8GroupsArgs* a, int type) {
+  return Guard([&] { ForType(type, [&](auto t) { RunFloat8Groups<decltype(t)>(*a); }); });
+}
+
+ONNXQ_EXPORT const char* emulate_scale_floats(const QuantMatMulArgs* a, int type,
+                                              const float* products, float* scales) {
+  return Guard(
+      [&] { ForType(type, [&](auto t) { RunScaleFloats<decltype(t)>(*a, products, scales); }); });
 }
 
 // Begin and end of every part, in their order.
@@ -330,10 +374,11 @@ struct PlanResult {
 };
 
 ONNXQ_EXPORT void plan_quant_mat_mul(const QuantMatMulArgs* a, int kind, int element_bytes,
-                                     int multiprocessors, int matrix_library, int int8_levels,
+                                     int multiprocessors, int matrix_library, int operands,
                                      PlanResult* out) {
-  const Plan plan = PlanQuantMatMul(*a, static_cast<WeightKind>(kind), element_bytes,
-                                    multiprocessors, matrix_library != 0, int8_levels != 0);
+  const Plan plan =
+      PlanQuantMatMul(*a, static_cast<WeightKind>(kind), element_bytes, multiprocessors,
+                      matrix_library != 0, static_cast<Operands>(operands));
   *out = {static_cast<int>(plan.route), plan.row_tiles, plan.splits, plan.shared_bytes,
           plan.scratch_bytes};
 }
@@ -369,6 +414,7 @@ ONNXQ_EXPORT void decode_word(int type, int kind, uint32_t word, float z, uint32
 ONNXQ_EXPORT int struct_bytes(int which) {
   const size_t sizes[] = {
       sizeof(QuantMatMulArgs), sizeof(PerTokenArgs),      sizeof(HadamardArgs), sizeof(Plan),
-      sizeof(MatrixProduct),   sizeof(QuantizeBlockArgs), sizeof(OutlierArgs),  sizeof(Outliers)};
+      sizeof(MatrixProduct),   sizeof(QuantizeBlockArgs), sizeof(OutlierArgs),  sizeof(Outliers),
+      sizeof(Float8GroupsArgs)};
   return static_cast<int>(sizes[which]);
 }

@@ -12,8 +12,11 @@ import numpy as np
 
 from onnxq.custom_ops.cuda_calls import (
     ELEMENT_TYPES,
+    Activations,
     ElementType,
+    Float8GroupsArgs,
     HadamardArgs,
+    Operands,
     OutlierArgs,
     Outliers,
     PerTokenArgs,
@@ -31,7 +34,14 @@ Array = np.ndarray[Any, Any]
 
 _EMULATED = (
     *("quant_mat_mul", "expand", "per_token", "hadamard", "quantize_block"),
-    *("find_outliers", "add_outliers", "expand_levels", "scale_integers"),
+    *(
+        "find_outliers",
+        "add_outliers",
+        "expand_bytes",
+        "scale_integers",
+        "float8_groups",
+        "scale_floats",
+    ),
 )
 ALIGNMENT = 256  # of what cudaMalloc gives
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -85,12 +95,12 @@ class Emulation:
         *,
         multiprocessors: int,
         library: bool,
-        int8_levels: bool = False,
+        operands: Operands = Operands.NONE,
     ) -> Plan:
         """The plan for 16-bit activations."""
         made = Plan()
         self._handle.plan_quant_mat_mul(
-            *(ctypes.byref(args), int(kind), 2, multiprocessors, int(library), int(int8_levels)),
+            *(ctypes.byref(args), int(kind), 2, multiprocessors, int(library), int(operands)),
             ctypes.byref(made),
         )
         return made
@@ -166,8 +176,8 @@ class Emulation:
         )  # fmt: skip
         levels = aligned(np.zeros((n, k), np.int8))
         self._check(
-            self._handle.emulate_expand_levels(
-                ctypes.byref(call.args), ctypes.c_void_p(levels.ctypes.data)
+            self._handle.emulate_expand_bytes(
+                ctypes.byref(call.args), 0, ctypes.c_void_p(levels.ctypes.data)
             )
         )
         products = aligned(q.astype(np.int32) @ levels.T.astype(np.int32))
@@ -224,12 +234,51 @@ class Emulation:
         )
         return out
 
+    def float8_product(
+        self, q: Array, packed: PackedWeight, row_scale: Array, dtype: np.dtype[Any]
+    ) -> Array:
+        """The route of FP8 codes ``q [M, K]``; numpy stands for cuBLASLt without scales."""
+        n, k = int(packed.attributes["N"]), int(packed.attributes["K"])
+        made = self.classify(packed)
+        call = Call(np.zeros((q.shape[0], k), dtype), packed, made, row_scale=row_scale)
+        codes = aligned(np.zeros((n, k), np.uint8))
+        self._check(
+            self._handle.emulate_expand_bytes(
+                ctypes.byref(call.args), 1, ctypes.c_void_p(codes.ctypes.data)
+            )
+        )
+        x, weights = (a.view(ml_dtypes.float8_e4m3fn).astype(np.float64) for a in (q, codes))
+        products, scales = aligned((x @ weights.T).astype(np.float32)), aligned(np.zeros(n, "f4"))
+        self._check(
+            self._handle.emulate_scale_floats(
+                *(ctypes.byref(call.args), int(ELEMENT_TYPES[dtype])),
+                *(ctypes.c_void_p(products.ctypes.data), ctypes.c_void_p(scales.ctypes.data)),
+            )
+        )
+        return call.y
+
+    def float8_groups(self, x: Array, group: int) -> tuple[Array, Array]:
+        """Codes ``[rows, K]`` and scales ``[K / group, rows]``."""
+        x, q = aligned(x), aligned(np.zeros(x.shape, np.uint8))
+        scale = aligned(np.zeros((x.shape[1] // group, x.shape[0]), np.float32))
+        args = Float8GroupsArgs(x.ctypes.data, q.ctypes.data, scale.ctypes.data, *x.shape, group)
+        self._check(
+            self._handle.emulate_float8_groups(ctypes.byref(args), int(ELEMENT_TYPES[x.dtype]))
+        )
+        return q, scale
+
     def per_token(
-        self, x: Array, *, floats: bool = False, outlier: Array | None = None
+        self,
+        x: Array,
+        activations: Activations = Activations.INT8,
+        *,
+        floats: bool = False,
+        outlier: Array | None = None,
     ) -> tuple[Array, Array]:
-        """Integers, as int8 or in the type of x, and the scales of the rows of ``[rows, K]``."""
+        """Codes, or their numbers in the type of x, and the scales of the rows of ``[rows, K]``."""
         x = aligned(x)
-        q = aligned(np.zeros(x.shape, x.dtype if floats else np.int8))
+        codes = np.int8 if activations == Activations.INT8 else np.uint8
+        q = aligned(np.zeros(x.shape, x.dtype if floats else codes))
         scale = aligned(np.zeros(x.shape[0], np.float32))
         mask = None if outlier is None else aligned(outlier)
         args = PerTokenArgs(
@@ -238,7 +287,8 @@ class Emulation:
         )
         self._check(
             self._handle.emulate_per_token(
-                ctypes.byref(args), x.shape[0], int(ELEMENT_TYPES[x.dtype]), int(floats)
+                *(ctypes.byref(args), x.shape[0], int(ELEMENT_TYPES[x.dtype])),
+                2 * int(activations) + int(floats),
             )
         )
         return q, scale

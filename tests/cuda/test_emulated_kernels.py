@@ -19,6 +19,7 @@ import pytest
 from onnxq import custom_ops
 from onnxq.custom_ops.block_format import block_attributes
 from onnxq.custom_ops.cuda_calls import (
+    Float8GroupsArgs,
     HadamardArgs,
     MatrixProduct,
     OutlierArgs,
@@ -205,7 +206,7 @@ def test_every_code_decodes_exactly(emulation: Emulation, dtype: np.dtype[Any]) 
 def test_structs_are_those_of_the_c_interface(emulation: Emulation) -> None:
     mirrored = (
         *(QuantMatMulArgs, PerTokenArgs, HadamardArgs, Plan, MatrixProduct, QuantizeBlockArgs),
-        *(OutlierArgs, Outliers),
+        *(OutlierArgs, Outliers, Float8GroupsArgs),
     )
     for which, struct in enumerate(mirrored):
         assert ctypes.sizeof(struct) == emulation.struct_bytes(which), struct
