@@ -26,7 +26,7 @@ BUILD_INPUTS := pyproject.toml CMakeLists.txt custom_ops/CMakeLists.txt custom_o
 RUN_STAMP := $(VENV)/.installed-$(EXTRA)
 DEV_STAMP := $(VENV)/.installed-$(EXTRA)-dev
 
-.PHONY: help run test test-slow lint bench bench-readme kernels cuda clean
+.PHONY: help run test test-slow lint bench bench-readme kernels cuda cuda-proof clean
 help:
 	@echo "make run        quantize a real model end to end and print the table"
 	@echo "make test       lint-free tests (under 15 minutes on two cores)"
@@ -36,6 +36,7 @@ help:
 	@echo "make bench-readme  measure the README's table anew"
 	@echo "make kernels    build the operator library into the source tree"
 	@echo "make cuda       build the library of CUDA kernels into the source tree; needs nvcc"
+	@echo "make cuda-proof  on a machine with a GPU: check and time the CUDA kernels, fill docs/cuda.md"
 	@echo "make clean      remove everything that was built"
 
 # $(call install,EXTRAS): one environment; emptied first when it holds the other onnxruntime.
@@ -101,6 +102,20 @@ cuda:
 	cmake -G Ninja -S . -B build/cuda -DONNXQ_REQUIRE_KERNELS=ON -DONNXQ_CUDA=ON >/dev/null
 	cmake --build build/cuda -j2
 	cmake --install build/cuda --prefix . >/dev/null
+
+# On a machine with a GPU, in one environment with onnxruntime-gpu and PyTorch: build the CUDA kernels,
+# prove them on the device (under compute-sanitizer where it is installed), time them, run a decoder,
+# and write the table of docs/cuda.md. PYTHON names the environment.
+SANITIZER := $(shell command -v compute-sanitizer)
+cuda-proof: kernels cuda
+	@mkdir -p $(OUT)
+	nvidia-smi
+	PYTHONPATH=. $(PYTHON) -m pytest -q -rs --import-mode=importlib tests/cuda
+	$(if $(SANITIZER),PYTHONPATH=. $(SANITIZER) --error-exitcode 1 $(PYTHON) -m pytest -q \
+	  --import-mode=importlib tests/cuda/test_device.py -k "not graph and not onnxruntime",\
+	  @echo "compute-sanitizer is not installed; left out")
+	PYTHONPATH=. $(PYTHON) benchmarks/cuda.py --results $(OUT)/cuda.json --docs docs/cuda.md
+	PYTHONPATH=. $(PYTHON) benchmarks/cuda_decoder.py --json | tee $(OUT)/cuda_decoder.json
 
 clean:
 	rm -rf $(VENV) build dist $(OUT) custom_ops/lib .mypy_cache .ruff_cache .pytest_cache

@@ -28,6 +28,7 @@ from onnxq.custom_ops.cuda_calls import (
     scale_type,
 )
 from onnxq.custom_ops.packed_weight import PackedWeight
+from onnxq.runtime import available_providers
 from onnxq.runtime.cuda import device_problem
 from onnxq.runtime.library import CUDA, shipped_path
 
@@ -38,18 +39,25 @@ TENSOR_CORE_BUDGET = 2.0**-20
 HALF_STEP = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 
-def missing() -> str | None:
-    """Why nothing can be run on a device here, or None."""
+def missing(*, torch: bool = True) -> str | None:
+    """Why nothing can be run on a device here, or None.
+
+    Args:
+        torch: whether PyTorch must hold the data; else onnxruntime must have CUDA.
+    """
     problem = device_problem()
     if problem is not None:
         return problem
     if library_path() is None:
         return "the CUDA kernels were not built: make cuda"
+    if not torch:
+        there = "CUDAExecutionProvider" in available_providers()
+        return None if there else "this onnxruntime has no CUDA; install onnxruntime-gpu"
     try:
-        import torch
+        import torch as library
     except ImportError:
         return "PyTorch is not installed"
-    return None if torch.cuda.is_available() else "PyTorch sees no GPU"
+    return None if library.cuda.is_available() else "PyTorch sees no GPU"
 
 
 def library_path() -> Path | None:

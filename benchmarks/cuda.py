@@ -1,5 +1,11 @@
 """Claim: the CUDA kernels are right, and reach the goals of docs/cuda.md on an H200.
 
+    python benchmarks/cuda.py                          the tables
+    python benchmarks/cuda.py --json                   one object a line
+    python benchmarks/cuda.py --results out.json       write the objects and the device to a file
+    python benchmarks/cuda.py --docs docs/cuda.md      write the table of goals there
+    python benchmarks/cuda.py --plan                   what would be measured; needs no GPU
+
 Not measured yet. Needs a GPU, PyTorch and the CUDA library (``make cuda``);
 without one it says what is missing and measures nothing. With onnxruntime-gpu its own operators are
 timed too.
@@ -15,20 +21,24 @@ H200.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from _common import Column, Row, parser, print_table
 from _cuda import Device, Weight, missing, product_error, to_device
+from _cuda_goals import BF16, COPY, CUBLAS, FP8_ALONE, GOALS, table, write_table
+from _cuda_inputs import fp8_scales, plain_matrix, weight_of
+from _cuda_peers import copies, cublas_int8, cublaslt_fp8, peers, time_graph
 
-from onnxq.custom_ops.defs import quant_mat_mul
-from onnxq.custom_ops.packed_weight import PackedWeight, integer_levels, pack_table
+from onnxq import custom_ops
+from onnxq.custom_ops.block_format import block_attributes
+from onnxq.custom_ops.cuda_calls import Activations
 from onnxq.formats import parse_format
 from onnxq.solvers.hadamard import hadamard_matrix
 
@@ -36,9 +46,10 @@ SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096), (8192, 8192))
 QUICK_SHAPES = ((1024, 1024),)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024)
 QUICK_ROWS = (1, 16, 256)
+MANY_ROWS = (256, 1024, 4096)
+QUICK_MANY_ROWS = (256,)
+KINDS = ("int4_g128", "int4_g32", "mxfp4_g32", "nvfp4_g16", "int8_g128", "fp8_g128", "fp8")
 LENGTHS = (1024, 4096, 8192)
-REPLAYS = 20
-CACHES = 3.2
 COLUMNS = (
     Column("us", "us", "us", "lower"),
     Column("gbps", "GB/s", "GB/s", "higher", "{:.0f}"),
@@ -48,85 +59,19 @@ COLUMNS = (
 )
 
 
-def weight_of(kind: str, k: int, n: int, rng: np.random.Generator) -> PackedWeight:
-    """Random codes; scales that are powers of two, so that every type of scale holds them."""
-    name, _, group_text = kind.partition("_g")
-    group = int(group_text or k)
-    if name == "int4":
-        levels, _ = integer_levels(4, signed=True)
-    elif name == "int8":
-        levels, _ = integer_levels(8, signed=True)
-    else:
-        bits = 4 if name in ("mxfp4", "nvfp4") else 8
-        levels = np.asarray(
-            parse_format("fp4e2m1" if bits == 4 else "fp8e4m3").decode(
-                np.arange(1 << bits, dtype=np.uint8)
-            ),
-            np.float32,
-        )
-    codes = rng.choice(np.flatnonzero(np.isfinite(levels)).astype(np.uint8), size=(n, k))
-    scale = np.exp2(rng.integers(-8, -4, size=(n, -(-k // group)))).astype(np.float32)
-    stored = {"mxfp4": "e8m0", "nvfp4": "e4m3"}.get(name, "float16")
-    return pack_table(
-        codes,
-        levels,
-        scale,
-        group=group,
-        scale_type=stored,
-        int8_activations=False,
-    )
+def shapes(*, quick: bool) -> tuple[tuple[int, int], ...]:
+    """K and N."""
+    return QUICK_SHAPES if quick else SHAPES
 
 
-def plain_matrix(packed: PackedWeight) -> Any:
-    """W ``[N, K]`` in float64 on the device."""
-    a = packed.attributes
-    names = ("codes", "scales", "zero_points", "levels")
-    level, scale = quant_mat_mul.weight_parts(
-        *(packed.inputs[name] for name in names), a["K"], a["N"], a["group"], a["exponent_scales"]
-    )
-    wide = np.repeat(scale, int(a["group"]), axis=1)[:, : int(a["K"])]
-    return to_device(level * wide).double() * float(np.float32(a["factor"]))
+def few_rows(*, quick: bool) -> tuple[int, ...]:
+    """M of products with weights that alone are quantized."""
+    return QUICK_ROWS if quick else ROWS
 
 
-def copies(size: int) -> int:
-    """How many arrays of ``size`` bytes are more than three L2 caches."""
-    import torch
-
-    cache = torch.cuda.get_device_properties(0).L2_cache_size
-    return max(1, min(256, math.ceil(CACHES * cache / size)))
-
-
-def time_graph(launches: Sequence[Callable[[], Any]]) -> float:
-    """Microseconds of one launch: the median over replays of a graph of all."""
-    import torch
-
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for launch in launches[:2]:
-            launch()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for launch in launches:
-            launch()
-    return _replays(graph.replay) / len(launches)
-
-
-def _replays(replay: Callable[[], Any]) -> float:
-    """Microseconds of a replay, the median."""
-    import torch
-
-    for _ in range(3):
-        replay()
-    times = []
-    for _ in range(REPLAYS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3)
-    return statistics.median(times)
+def many_rows(*, quick: bool) -> tuple[int, ...]:
+    """M of products whose operands both are."""
+    return QUICK_MANY_ROWS if quick else MANY_ROWS
 
 
 def products(device: Device, *, quick: bool) -> Iterator[dict[str, Any]]:
@@ -134,18 +79,18 @@ def products(device: Device, *, quick: bool) -> Iterator[dict[str, Any]]:
     import torch
 
     rng = np.random.default_rng()
-    kinds = ("int4_g128", "int4_g32", "mxfp4_g32", "nvfp4_g16", "int8_g128", "fp8")
-    for k, n in QUICK_SHAPES if quick else SHAPES:
+    for k, n in shapes(quick=quick):
         half = [torch.randn(n, k, device="cuda", dtype=torch.float16)]
         half += [half[0].clone() for _ in range(copies(half[0].nbytes) - 1)]
         cublas: dict[int, float] = {}
-        for kind in kinds:
+        int4: dict[int, float] = {}
+        for kind in KINDS:
             packed = weight_of(kind, k, n, rng)
             weight = Weight(device, packed)
             weights = [weight, *(weight.copy() for _ in range(copies(weight.stored_bytes) - 1))]
             matrix = plain_matrix(packed)
             bias = torch.zeros(n, device="cuda", dtype=torch.float64)
-            for m in QUICK_ROWS if quick else ROWS:
+            for m in few_rows(quick=quick):
                 x = torch.randn(m, k, device="cuda").half()
                 runs = [device.product(x, one) for one in weights]
                 runs[-1][0]()
@@ -160,9 +105,13 @@ def products(device: Device, *, quick: bool) -> Iterator[dict[str, Any]]:
                     "case": kind, "M": m, "K": k, "N": n, "unit": "us", "ours": ours,
                     "gbps": (weight.stored_bytes + 2 * m * (k + n)) / ours / 1e3,
                     "tflops": 2.0 * m * k * n / ours / 1e6,
-                    "error": error,
+                    "error": error, "stored": weight.stored_bytes,
                 }  # fmt: skip
-                yield {**row, **_against("cuBLAS fp16", cublas[m], ours)}
+                yield {**row, **_against(CUBLAS, cublas[m], ours)}
+                if kind == "int4_g32":
+                    int4[m] = ours
+                elif kind == "mxfp4_g32":
+                    yield {**row, **_against("our int4_g32", int4[m], ours)}
                 for name, other in peers(kind, x, k, n):
                     yield {**row, **_against(name, other, ours)}
 
@@ -171,136 +120,106 @@ def _against(name: str, other: float, ours: float) -> dict[str, Any]:
     return {"peer_name": name, "peer": other, "ratio": other / ours}
 
 
-def peers(kind: str, x: Any, k: int, n: int) -> Iterator[tuple[str, float]]:
-    """What else computes the same: cuBLASLt in FP8, onnxruntime's own operators."""
-    if kind == "fp8" and x.shape[0] % 16 == 0:
-        yield "cuBLASLt FP8 x FP8", cublaslt_fp8(x, k, n)
-    node = ort_node(kind, k, n)
-    if node is not None:
-        name, inputs, attributes = node
-        stored = sum(array.nbytes for array in inputs.values())
-        timed = ort_time(name, inputs, attributes, x, n, copies(stored))
-        if timed is not None:
-            yield f"ort {name}", timed
+def dynamic_products(device: Device, *, quick: bool) -> Iterator[dict[str, Any]]:
+    """Rows quantized on the way, to INT8 (with and without outliers) and to FP8; packed weights."""
+    import torch
+
+    rng = np.random.default_rng()
+    cases = (
+        ("int8 rows x packed int8", "int8", Activations.INT8, 0.0),
+        ("the same, outliers from 6 on", "int8", Activations.INT8, 6.0),
+        ("fp8 rows x packed fp8", "fp8", Activations.FLOAT8, 0.0),
+    )
+    for k, n in shapes(quick=quick):
+        half = [torch.randn(n, k, device="cuda", dtype=torch.float16)]
+        half += [half[0].clone() for _ in range(copies(half[0].nbytes) - 1)]
+        for case, kind, activations, threshold in cases:
+            packed = weight_of(kind, k, n, rng)
+            weight = Weight(device, packed)
+            weights = [weight, *(weight.copy() for _ in range(copies(weight.stored_bytes) - 1))]
+            matrix = plain_matrix(packed)
+            for m in (*few_rows(quick=quick), *many_rows(quick=quick)):
+                x = torch.randn(m, k, device="cuda").half()
+                x[:, 7] *= 10 if threshold > 0 else 1
+                runs = [
+                    device.dynamic_product(x, one, activations, threshold=threshold)
+                    for one in weights
+                ]
+                runs[-1][0]()
+                torch.cuda.synchronize()
+                ours = time_graph([run for run, _ in runs])
+                y = torch.empty(m, n, device="cuda", dtype=torch.float16)
+                fp16 = [lambda x=x, y=y, w=w: torch.matmul(x, w.T, out=y) for w in half]
+                row = {
+                    "case": case, "M": m, "K": k, "N": n, "unit": "us", "ours": ours,
+                    "gbps": (weight.stored_bytes + 2 * m * (k + n)) / ours / 1e3,
+                    "tflops": 2.0 * m * k * n / ours / 1e6, "stored": weight.stored_bytes,
+                    "error": rounding_error(runs[-1][1], x, matrix, activations),
+                }  # fmt: skip
+                yield {**row, **_against(CUBLAS, time_graph(fp16), ours)}
+                if m >= min(MANY_ROWS):
+                    if activations == Activations.FLOAT8:
+                        yield {**row, **_against(FP8_ALONE, cublaslt_fp8(x, k, n), ours)}
+                        for name, other in peers("fp8", x, k, n):
+                            yield {**row, **_against(name, other, ours)}
+                    else:
+                        other = cublas_int8(m, k, n)
+                        yield {**row, **_against("cuBLAS INT8 to int32, no scales", other, ours)}
+
+
+def rounding_error(y: Any, x: Any, matrix: Any, activations: Activations) -> float:
+    """The error as a share of what rounding rows allows: half a step of INT8, or 2^-4 of FP8.
+
+    A row's rounding errors are independent: their sum is a few standard deviations of the product.
+    """
+    wide = x.double()
+    exact = wide @ matrix.T
+    if activations == Activations.INT8:
+        each = wide.abs().amax(dim=1, keepdim=True) / 127 / 12**0.5
+        spread = each * matrix.square().sum(dim=1).sqrt()
+    else:
+        spread = (wide.square() @ matrix.square().T).sqrt() * 2.0**-4 / 3**0.5
+    return _share(y.double(), exact, 7 * spread + exact.abs() * 2.0**-10 + 1e-6)
 
 
 def fp8_products(device: Device, *, quick: bool) -> Iterator[dict[str, Any]]:
-    """FP8 activations by token and weights by channel, with fused scales, beside PyTorch's call."""
+    """FP8 operands on cuBLASLt: scales by token and channel, and by blocks of 128."""
     import torch
 
-    for k, n in QUICK_SHAPES if quick else SHAPES:
+    for k, n in shapes(quick=quick):
         w = torch.randn(n, k, device="cuda").to(torch.float8_e4m3fn)
         ws = [w, *(w.clone() for _ in range(copies(n * k) - 1))]
-        columns = torch.rand(n, device="cuda") + 0.5
-        for m in (256,) if quick else (256, 1024, 4096):
+        wide = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16)]
+        wide += [wide[0].clone() for _ in range(copies(wide[0].nbytes) - 1)]
+        for m in many_rows(quick=quick):
             x = torch.randn(m, k, device="cuda").to(torch.float8_e4m3fn)
-            rows = torch.rand(m, device="cuda") + 0.5
-            runs = [
-                device.matrix_product(x, one, x_scales=rows, weights_scales=columns) for one in ws
-            ]
-            runs[-1][0]()
-            torch.cuda.synchronize()
-            scales = rows.double()[:, None] * columns.double()
-            exact = x.double() @ w.double().T * scales
-            size = x.double().abs() @ w.double().abs().T * scales
-            ours = time_graph([run for run, _ in runs])
-            yield {
-                "case": "fp8 x fp8", "M": m, "K": k, "N": n, "unit": "us", "ours": ours,
-                "gbps": (n * k + m * (k + 2 * n)) / ours / 1e3,
-                "tflops": 2.0 * m * k * n / ours / 1e6,
-                "error": _share(
-                    runs[-1][1].double(), exact, exact.abs() * 2.0**-8 + size * 2.0**-10
-                ),
-                **_against("cuBLASLt FP8 x FP8", cublaslt_fp8(x, k, n), ours),
-            }  # fmt: skip
-
-
-def cublaslt_fp8(x: Any, k: int, n: int) -> float:
-    """A product of FP8 activations by token and weights by channel, through PyTorch."""
-    import torch
-
-    count = copies(n * k)
-    a = x.to(torch.float8_e4m3fn)
-    b = torch.randn(n, k, device="cuda").to(torch.float8_e4m3fn)
-    others = [b, *(b.clone() for _ in range(count - 1))]
-    rows = torch.ones(x.shape[0], 1, device="cuda")
-    columns = torch.ones(1, n, device="cuda")
-    calls = [
-        lambda w=w: torch._scaled_mm(
-            a, w.t(), scale_a=rows, scale_b=columns, out_dtype=torch.bfloat16
-        )
-        for w in others
-    ]
-    return time_graph(calls)
-
-
-def ort_node(
-    kind: str, k: int, n: int
-) -> tuple[str, dict[str, np.ndarray[Any, Any]], dict[str, int]] | None:
-    """onnxruntime's operator for a kind of weight, its constants and attributes; numbers do not
-    matter for its speed."""
-    rng = np.random.default_rng(1)
-    name, _, group = kind.partition("_g")
-    if name in ("int4", "int8"):
-        bits, block = int(name[3:]), int(group)
-        blob = rng.integers(0, 256, size=(n, k // block, block * bits // 8), dtype=np.uint8)
-        scales = np.full((n, k // block), 0.01, np.float16)
-        attributes = {"K": k, "N": n, "bits": bits, "block_size": block}
-        return "MatMulNBits", {"B": blob, "scales": scales}, attributes
-    if name == "fp8":
-        codes = rng.integers(0, 120, size=(n, k), dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
-        scales = np.full((n, k // 128), 0.01, np.float32)
-        return "MatMulBlockQuantizedFp8Weight", {"B": codes, "scales": scales}, {"block_size": 128}
-    return None
-
-
-def ort_time(
-    op: str,
-    inputs: dict[str, np.ndarray[Any, Any]],
-    attributes: dict[str, int],
-    x: Any,
-    n: int,
-    count: int,
-) -> float | None:
-    """Microseconds of one node, of a graph of ``count`` with weights of their own; None where this
-    onnxruntime cannot."""
-    import onnx_ir as ir
-    import onnxruntime as ort
-
-    if "CUDAExecutionProvider" not in ort.get_available_providers():
-        return None
-    m, k = x.shape
-    source = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT16), shape=ir.Shape([m, k]))
-    nodes, constants = [], []
-    for number in range(count):
-        values = []
-        for name, array in inputs.items():
-            tensor = ir.tensor(array, name=f"{name}{number}")
-            value = ir.Value(name=tensor.name, const_value=tensor, shape=tensor.shape)
-            value.type = ir.TensorType(tensor.dtype)
-            values.append(value)
-        constants += values
-        node = ir.node(op, [source, *values], attributes, domain="com.microsoft")
-        out = node.outputs[0]
-        out.name, out.type = f"y{number}", ir.TensorType(ir.DataType.FLOAT16)
-        out.shape = ir.Shape([m, n])
-        nodes.append(node)
-    graph = ir.Graph(
-        [source], [node.outputs[0] for node in nodes], nodes=nodes, initializers=constants,
-        opset_imports={"": 21, "com.microsoft": 1}, name="peer",
-    )  # fmt: skip
-    model = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
-    provider = ("CUDAExecutionProvider", {"enable_cuda_graph": "1"})
-    session = ort.InferenceSession(model, providers=[provider])
-    binding = session.io_binding()
-    held = [ort.OrtValue.ortvalue_from_numpy(x.cpu().numpy(), "cuda", 0)]
-    binding.bind_ortvalue_input("x", held[0])
-    for number in range(count):
-        held.append(ort.OrtValue.ortvalue_from_shape_and_type([m, n], np.float16, "cuda", 0))
-        binding.bind_ortvalue_output(f"y{number}", held[-1])
-    for _ in range(3):
-        session.run_with_iobinding(binding)
-    return _replays(lambda: session.run_with_iobinding(binding)) / count
+            alone = cublaslt_fp8(x, k, n)
+            a, y = x.to(torch.bfloat16), torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
+            bf16 = time_graph([lambda w=w, a=a, y=y: torch.matmul(a, w.T, out=y) for w in wide])
+            for block in (0, 128):
+                scales = fp8_scales(m, k, n, block)
+                runs = [
+                    device.matrix_product(
+                        x, one, x_scales=scales.rows, weights_scales=scales.columns,
+                        scale_block=block,
+                    )
+                    for one in ws
+                ]  # fmt: skip
+                runs[-1][0]()
+                torch.cuda.synchronize()
+                left, right = scales.apply(x.double(), w.double())
+                exact, size = left @ right.T, left.abs() @ right.abs().T
+                ours = time_graph([run for run, _ in runs])
+                budget = exact.abs() * 2.0**-8 + size * 2.0**-10
+                row = {
+                    "case": "fp8 128-block" if block else "fp8 x fp8",
+                    "M": m, "K": k, "N": n, "unit": "us", "ours": ours,
+                    "gbps": (n * k + m * (k + 2 * n)) / ours / 1e3,
+                    "tflops": 2.0 * m * k * n / ours / 1e6,
+                    "error": _share(runs[-1][1].double(), exact, budget),
+                }  # fmt: skip
+                yield {**row, **_against(FP8_ALONE, alone, ours)}
+                yield {**row, **_against(BF16, bf16, ours)}
 
 
 def rows_kernels(device: Device, *, quick: bool) -> Iterator[dict[str, Any]]:
@@ -333,20 +252,32 @@ def rows_kernels(device: Device, *, quick: bool) -> Iterator[dict[str, Any]]:
                 quantized[0][2][:, None].double() * 0.5001,
             ),
         }
-        for name, runs, out_bytes in (
+        cases: list[tuple[str, Any, int]] = [
             ("hadamard", rounded, 2),
             ("hadamard+int8", fused, 1),
             ("per-token int8", quantized, 1),
-        ):
+        ]
+        for name in ("mxfp4", "nvfp4", "fp8e4m3"):
+            attributes = block_attributes(parse_format(name))
+            runs = [device.quantize_block(one, attributes) for one in xs]
+            runs[0][0]()
+            torch.cuda.synchronize()
+            (wanted,) = custom_ops.get("QuantizeBlock").reference(
+                x[:8].float().cpu().numpy(), **attributes
+            )
+            wrong = runs[0][1][:8].cpu() != torch.from_numpy(wanted).half()
+            errors[f"blocks {name}"] = 2.0 * int(wrong.sum())  # the reference's bits
+            cases.append((f"blocks {name}", runs, 2))
+        for name, runs, out_bytes in cases:
             size = m * k * (2 + out_bytes)
             ours = time_graph([run for run, *_ in runs])
             half = torch.empty(size // 2, device="cuda", dtype=torch.uint8)
-            froms = [torch.empty_like(half) for _ in xs]
+            froms = [torch.randint_like(half, 256) for _ in xs]
             copy = time_graph([lambda f=f, h=half: h.copy_(f) for f in froms])
             yield {
                 "case": name, "M": m, "K": k, "N": k, "unit": "us", "ours": ours,
                 "gbps": size / ours / 1e3, "error": errors[name],
-                **_against("copy of the same bytes", copy, ours),
+                **_against(COPY, copy, ours),
             }  # fmt: skip
 
 
@@ -356,31 +287,67 @@ def _share(got: Any, exact: Any, budget: Any) -> float:
     return float(torch.nan_to_num(((got - exact).abs() / budget).max(), nan=float("inf")))
 
 
+WORK = (products, dynamic_products, fp8_products, rows_kernels)
+
+
+def plan(*, quick: bool) -> list[str]:
+    """What would be measured, a line each."""
+    few, many = few_rows(quick=quick), many_rows(quick=quick)
+    lines = [f"goal: {goal.text} >= {goal.bound:.2f}" for goal in GOALS]
+    for k, n in shapes(quick=quick):
+        lines.append(f"K {k} N {n}: weights {', '.join(KINDS)} at M {', '.join(map(str, few))}")
+        lines.append(f"K {k} N {n}: both operands in 8 bits at M {', '.join(map(str, many))}")
+    lengths = LENGTHS[:1] if quick else LENGTHS
+    lines.append(f"rows of {', '.join(map(str, lengths))}: Hadamard, per token, blocks")
+    return lines
+
+
+def options() -> argparse.Namespace:
+    """The command line."""
+    made = parser(__doc__ or "")
+    made.add_argument("--results", type=Path, help="write rows and device to this JSON file")
+    made.add_argument("--docs", type=Path, help="write the table of goals into this page")
+    made.add_argument("--plan", action="store_true", help="print what would be measured, and stop")
+    return made.parse_args()
+
+
 def main() -> int:
     """Check, time, print; leaves exit code 1 when a result lies outside of its budget."""
-    options = parser(__doc__ or "").parse_args()
+    chosen = options()
+    if chosen.plan:
+        print("\n".join(plan(quick=chosen.quick)))
+        return 0
     problem = missing()
     if problem is not None:
         sys.stderr.write(f"cuda.py measures nothing here: {problem}\n")
         return 0
+    import torch
+
     device = Device()
-    wrong = []
-    table: list[Row] = []
-    for work in (products, fp8_products, rows_kernels):
-        for row in work(device, quick=options.quick):
-            if not row["error"] <= 1:
-                wrong.append(row)
-            if options.json:
+    name = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, PyTorch {torch.__version__}"
+    rows: list[dict[str, Any]] = []
+    for work in WORK:
+        for row in work(device, quick=chosen.quick):
+            rows.append(row)
+            if chosen.json:
                 print(json.dumps(row), flush=True)
-            shape = f"M {row['M']} K {row['K']} N {row['N']}"
-            label = f"{row['case']} {shape} / {row['peer_name']}"
-            figures = {key: row[key] for key in ("gbps", "tflops", "error", "ratio") if key in row}
-            table.append(Row(label, label, True, {"us": row["ours"], **figures}))
-    if not options.json:
-        print_table("CUDA kernels", table, COLUMNS)
+    if not chosen.json:
+        print_table("CUDA kernels", [_shown(row) for row in rows], COLUMNS)
+        print(table(rows, name))
+    if chosen.results is not None:
+        chosen.results.write_text(json.dumps({"device": name, "rows": rows}, indent=1))
+    if chosen.docs is not None:
+        write_table(chosen.docs, table(rows, name))
+    wrong = [row for row in rows if not row["error"] <= 1]
     for row in wrong:
         sys.stderr.write(f"outside of the budget: {row}\n")
     return 1 if wrong else 0
+
+
+def _shown(row: dict[str, Any]) -> Row:
+    label = f"{row['case']} M {row['M']} K {row['K']} N {row['N']} / {row['peer_name']}"
+    figures = {key: row[key] for key in ("gbps", "tflops", "error", "ratio") if key in row}
+    return Row(label, label, True, {"us": row["ours"], **figures})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[2]
 FOLDER = REPOSITORY / "build" / "cuda"
 LOG = FOLDER / "ptxas.log"
+LIBRARY = FOLDER / "custom_ops" / "cuda" / "libonnxq_ops_cuda.so"
 ARCHITECTURES = ("sm_80", "sm_90a")
 
 _ENTRY = re.compile(
@@ -55,17 +56,23 @@ def build_library() -> Path:
     """
     settings = ("-G", "Ninja", "-DONNXQ_CUDA=ON", "-DONNXQ_REQUIRE_KERNELS=ON")
     _run("cmake", "-S", str(REPOSITORY), "-B", str(FOLDER), *settings)
-    fresh = () if LOG.is_file() else ("--clean-first",)
+    # What somebody else built in this folder left nothing in the log.
+    known = LOG.is_file() and LIBRARY.is_file() and _age(LOG) >= _age(LIBRARY)
+    fresh = () if known else ("--clean-first",)
     output = _run(*("cmake", "--build", str(FOLDER), "--target", "onnxq_ops_cuda", "-j2"), *fresh)
-    with LOG.open("a", encoding="utf-8") as log:
+    with LOG.open("a" if known else "w", encoding="utf-8") as log:
         log.write(output)
-    return FOLDER / "custom_ops" / "cuda" / "libonnxq_ops_cuda.so"
+    LOG.touch()
+    return LIBRARY
 
 
 def resource_use() -> list[Use]:
-    """Of every kernel, as it was compiled last."""
+    """Of every kernel of the library, as it was compiled last."""
     latest: dict[tuple[str, str], Use] = {}
+    library = LIBRARY.read_bytes()  # names the kernels that it registers
     for found in _ENTRY.finditer(LOG.read_text(encoding="utf-8")):
+        if found["name"].encode() not in library:
+            continue
         name, architecture = _demangled(found["name"]), found["architecture"]
         numbers = (int(found[key]) for key in ("registers", "stack", "stores"))
         latest[name, architecture] = Use(name, architecture, *numbers)
@@ -77,6 +84,10 @@ def _demangled(name: str) -> str:
     text = _run("c++filt", name).strip()
     text = re.sub(r"\(anonymous namespace\)::|onnxq::cuda::|^void ", "", text)
     return text.partition("(")[0]
+
+
+def _age(path: Path) -> int:
+    return path.stat().st_mtime_ns
 
 
 def _run(*command: str) -> str:
