@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cmath>
+#include <optional>
 
 #include "ort_support.h"
 
@@ -14,27 +15,35 @@ namespace onnxq {
 template <ElementType type>
 class PackedProduct {
  public:
-  ort::OrtStatus* Create(const Api& api, const ort::OrtKernelInfo* info, const char* name) {
+  // rows: what rows of activations are quantized to in any case; else an attribute says it.
+  ort::OrtStatus* Create(const Api& api, const ort::OrtKernelInfo* info, const char* name,
+                         std::optional<cuda::Activations> rows = std::nullopt) {
     name_ = name;
     int64_t layout = 0;
-    const std::pair<const char*, int64_t*> integers[] = {{"K", &k_},
-                                                         {"N", &n_},
-                                                         {"group", &group_},
-                                                         {"bits", &bits_},
-                                                         {"layout", &layout},
-                                                         {"int8_activations", &int8_activations_},
-                                                         {"exponent_scales", &exponent_scales_}};
+    const std::pair<const char*, int64_t*> integers[] = {
+        {"K", &k_},       {"N", &n_},          {"group", &group_},
+        {"bits", &bits_}, {"layout", &layout}, {"exponent_scales", &exponent_scales_}};
     for (const auto& [attribute, value] : integers) {
       ONNXQ_RETURN_IF_ERROR(api.KernelInfoGetAttribute_int64(info, attribute, value));
     }
     ONNXQ_RETURN_IF_ERROR(api.KernelInfoGetAttribute_float(info, "factor", &factor_));
+    rows_ = rows;
+    if (!rows.has_value()) {
+      int64_t int8_activations = 0;
+      ONNXQ_RETURN_IF_ERROR(
+          api.KernelInfoGetAttribute_int64(info, "int8_activations", &int8_activations));
+      if (int8_activations < 0 || int8_activations > 1)
+        return Error(api, name_, "the CUDA kernels take int8_activations 0 and 1",
+                     ort::ErrorCode::kNotImplemented);
+      if (int8_activations != 0) rows_ = cuda::Activations::kInt8;
+    }
     ONNXQ_RETURN_IF_ERROR(CheckAttributes(api, layout));
     ONNXQ_RETURN_IF_ERROR(Check(api, name_, onnxq_cuda_prepare()));
     ONNXQ_RETURN_IF_ERROR(GetAllocator(api, info, &allocator_));
     return LookAtConstants(api, info);
   }
 
-  bool int8_activations() const { return int8_activations_ != 0; }
+  bool int8_activations() const { return rows_ == cuda::Activations::kInt8; }
   int64_t k() const { return k_; }
 
   static ort::OrtStatus* InferShapes(const Api& api, ort::OrtShapeInferContext* context) {
@@ -96,9 +105,6 @@ class PackedProduct {
       return refuse("groups of " + std::to_string(group_) + "; the least is 16, or all of K");
     if (group_ % 4 != 0 && group_ < k_) return refuse("the group is not a multiple of 4");
     if (!std::isfinite(factor_)) return refuse("the factor is not finite");
-    if (int8_activations_ < 0 || int8_activations_ > 1)
-      return Error(api, name_, "the CUDA kernels take int8_activations 0 and 1",
-                   ort::ErrorCode::kNotImplemented);
     return nullptr;
   }
 
@@ -197,7 +203,7 @@ class PackedProduct {
     }
     if ((inputs[2].type == ElementType::kUint8) != (exponent_scales_ != 0))
       return Error(api, name_, "scales are exponents where, and only where, they are uint8");
-    if (inputs[2].type == ElementType::kInt16 && int8_activations_ == 0)
+    if (inputs[2].type == ElementType::kInt16 && !int8_activations())
       return Error(api, name_, "i16 scales are for INT8 activations");
     a->x = inputs[0].data;
     a->codes = static_cast<const uint8_t*>(inputs[1].data);
@@ -219,30 +225,35 @@ class PackedProduct {
     return nullptr;
   }
 
+  // What the levels can be stored as, to be multiplied by quantized rows.
+  cuda::Operands StoredAs() const {
+    if (int8_activations()) return int8_levels_ ? cuda::Operands::kInt8 : cuda::Operands::kNone;
+    return format_.kind == cuda::WeightKind::kE4M3 ? cuda::Operands::kFloat8
+                                                   : cuda::Operands::kNone;
+  }
+
   ort::OrtStatus* Run(const Api& api, ort::OrtKernelContext* context,
                       const cuda::QuantMatMulArgs& args, const cuda::Outliers& outliers) const {
     OnnxqStream stream{};
     ONNXQ_RETURN_IF_ERROR(GetStream(api, context, &stream));
-    const bool integers = int8_activations_ != 0;
     const auto kind = static_cast<int>(format_.kind);
-    const auto operands =
-        static_cast<int>(int8_levels_ ? cuda::Operands::kInt8 : cuda::Operands::kNone);
+    const int operands = static_cast<int>(StoredAs());
     cuda::Plan plan;
     const int planned =
-        integers ? onnxq_cuda_dynamic_plan(&args, kind, kElement<type>, operands, &outliers, &plan)
-                 : onnxq_cuda_plan(&args, kind, kElement<type>, 0, &plan);
+        rows_ ? onnxq_cuda_dynamic_plan(&args, kind, kElement<type>, operands, &outliers, &plan)
+              : onnxq_cuda_plan(&args, kind, kElement<type>, 0, &plan);
     ONNXQ_RETURN_IF_ERROR(Check(api, name_, planned));
     Scratch scratch(api);
     const bool needed = plan.scratch_bytes > 0;
     const size_t at = needed ? Reserve(&scratch, plan.scratch_bytes) : 0;
     if (needed) ONNXQ_RETURN_IF_ERROR(scratch.Allocate(allocator_.get()));
     void* const memory = needed ? scratch.Get<char>(at) : nullptr;
-    return Check(
-        api, name_,
-        integers ? onnxq_cuda_dynamic_quant_mat_mul(&args, kind, kElement<type>, kInt8,
-                                                    format_.unit, &outliers, &plan, memory, stream)
-                 : onnxq_cuda_quant_mat_mul(&args, kind, kElement<type>, format_.unit, &plan,
-                                            memory, stream));
+    return Check(api, name_,
+                 rows_ ? onnxq_cuda_dynamic_quant_mat_mul(&args, kind, kElement<type>,
+                                                          static_cast<int>(*rows_), format_.unit,
+                                                          &outliers, &plan, memory, stream)
+                       : onnxq_cuda_quant_mat_mul(&args, kind, kElement<type>, format_.unit, &plan,
+                                                  memory, stream));
   }
 
   const char* name_ = "";
@@ -250,7 +261,7 @@ class PackedProduct {
   int64_t n_ = 0;
   int64_t group_ = 0;
   int64_t bits_ = 0;
-  int64_t int8_activations_ = 0;
+  std::optional<cuda::Activations> rows_;
   int64_t exponent_scales_ = 0;
   float factor_ = 1;
   bool no_bias_ = false;
@@ -272,6 +283,10 @@ class QuantMatMul {
 
   static ort::OrtStatus* Create(const Api& api, const ort::OrtKernelInfo* info,
                                 QuantMatMul* kernel) {
+    InputTensor order;
+    bool found = false;
+    ONNXQ_RETURN_IF_ERROR(GetConstantInput(api, info, kOrderInput, &found, &order));
+    if (found) ONNXQ_RETURN_IF_ERROR(CheckOrder(api, order));
     return kernel->product_.Create(api, info, kName);
   }
   static ort::OrtStatus* InferShapes(const Api& api, ort::OrtShapeInferContext* context) {
@@ -279,10 +294,42 @@ class QuantMatMul {
   }
   ort::OrtStatus* Compute(const Api& api, ort::OrtKernelContext* context) const {
     InputTensor order;
-    ONNXQ_RETURN_IF_ERROR(GetInput(api, context, 6, &order));
-    if (order.shape != std::vector<int64_t>{1})
-      return Error(api, kName, "the CUDA kernels take no order of columns",
-                   ort::ErrorCode::kNotImplemented);
+    ONNXQ_RETURN_IF_ERROR(GetInput(api, context, kOrderInput, &order));
+    ONNXQ_RETURN_IF_ERROR(CheckOrder(api, order));
+    return product_.Compute(api, context, {});
+  }
+
+ private:
+  static constexpr size_t kOrderInput = 6;
+
+  // Said when the session is made, where the order is a constant: then the body runs.
+  static ort::OrtStatus* CheckOrder(const Api& api, const InputTensor& order) {
+    if (order.shape == std::vector<int64_t>{1}) return nullptr;
+    return Error(api, kName, "the CUDA kernels take no order of columns",
+                 ort::ErrorCode::kNotImplemented);
+  }
+
+  PackedProduct<type> product_;
+};
+
+// The same with rows in FP8; see defs/dynamic_float8_mat_mul.py.
+template <ElementType type>
+class DynamicFloat8MatMul {
+ public:
+  static constexpr const char* kName = "DynamicFloat8MatMul";
+  // Those of QuantMatMul but for the order.
+  static constexpr std::array<ElementType, 6> kInputs = {
+      type, ElementType::kUint8, ElementType::kUndefined, ElementType::kInt8, float32, float32};
+  static constexpr std::array<ElementType, 1> kOutputs = {type};
+
+  static ort::OrtStatus* Create(const Api& api, const ort::OrtKernelInfo* info,
+                                DynamicFloat8MatMul* kernel) {
+    return kernel->product_.Create(api, info, kName, cuda::Activations::kFloat8);
+  }
+  static ort::OrtStatus* InferShapes(const Api& api, ort::OrtShapeInferContext* context) {
+    return PackedProduct<type>::InferShapes(api, context);
+  }
+  ort::OrtStatus* Compute(const Api& api, ort::OrtKernelContext* context) const {
     return product_.Compute(api, context, {});
   }
 

@@ -58,9 +58,9 @@ class DynamicQuantizePerToken {
       return Error(api, kName, "x has more than 2^31 rows or columns");
     const cuda::PerTokenArgs args = {x.data, q, static_cast<float*>(scale), nullptr,
                                      static_cast<int>(x.shape.back())};
-    return Check(
-        api, kName,
-        onnxq_cuda_per_token(&args, static_cast<int>(rows), kElement<type>, kInt8, 0, stream));
+    return Check(api, kName,
+                 onnxq_cuda_per_token(&args, static_cast<int>(rows), kElement<type>,
+                                      static_cast<int>(cuda::Activations::kInt8), 0, stream));
   }
 };
 

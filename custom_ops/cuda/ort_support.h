@@ -19,7 +19,6 @@ template <ElementType type>
 constexpr int kElement = static_cast<int>(type == float32   ? cuda::Element::kFloat32
                                           : type == float16 ? cuda::Element::kFloat16
                                                             : cuda::Element::kBfloat16);
-constexpr int kInt8 = static_cast<int>(cuda::Activations::kInt8);
 
 inline ort::OrtStatus* Check(const Api& api, const char* op, int code) {
   if (code == 0) return nullptr;

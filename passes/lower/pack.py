@@ -14,7 +14,8 @@ static         none: their ranges are fixed, ``qdq`` performs them
 =============  ==================================================================================
 
 With ``outliers`` the product is ``DynamicQuantMatMul``: columns of activations that reach so far
-stay float (LLM.int8()).
+stay float (LLM.int8()). Where the target multiplies FP8, E4M3 on both sides with a scale a token is
+``DynamicFloat8MatMul``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeGuard
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -45,12 +47,16 @@ from onnxq.passes.lower.activations import ActivationRounding
 from onnxq.passes.lower.qdq import forget_shapes
 from onnxq.passes.lower.weights import to_nearest, weight_as_read
 from onnxq.passes.plan import ActivationPlan, SitePlan
+from onnxq.passes.targets import Target
 from onnxq.passes.weights.rounded import RoundedWeight, RoundedWeights
 
 OP = "QuantMatMul"
 OUTLIER_OP = "DynamicQuantMatMul"
+FLOAT8_OP = "DynamicFloat8MatMul"
 INT8_TOKENS = ActivationPlan("int8")
 """What the product itself rounds activations to."""
+FLOAT8_TOKENS = ActivationPlan("fp8e4m3")
+"""And what that of FP8 rounds them to."""
 
 
 @dataclass(frozen=True)
@@ -105,16 +111,17 @@ class Pack(Pass):
                 except UnsupportedError as error:
                     reason = error.cause
                 else:
-                    if _needs_rounding(site.activation):
+                    op = self._operator(site, packed, ctx.target)
+                    if op != FLOAT8_OP and _needs_rounding(site.activation):
                         rounding.read_rounded(
                             linear.node,
                             1 - linear.weight_index,
                             linear.in_features,
                             site.activation,
                         )
-                    _replace(model, linear, packed, self.outliers)
+                    _replace(model, linear, op, packed, self.outliers)
                     del left.sites[site.site]
-                    report.change(site.site, _describe(site, packed, self.outliers))
+                    report.change(site.site, _describe(site, op, packed, self.outliers))
                     continue
             report.skip(site.site, f"{reason}; left in the plan for `qdq`")
         if report.changed:
@@ -161,6 +168,13 @@ class Pack(Pass):
             bias=linear.b,
         )
 
+    def _operator(self, site: SitePlan, packed: PackedWeight, target: Target) -> str:
+        """Which of the products it is."""
+        if packed.attributes["int8_activations"]:
+            return OUTLIER_OP if self.outliers else OP
+        both = site.activation == FLOAT8_TOKENS and _is_e4m3(packed.inputs["levels"])
+        return FLOAT8_OP if both and target.float8_products else OP
+
     def _rounds_inside(self, site: SitePlan, levels: np.ndarray) -> bool:
         """Whether the product rounds each row of activations to INT8."""
         if site.activation is not None:
@@ -181,13 +195,24 @@ def _needs_rounding(activation: ActivationPlan | None) -> TypeGuard[ActivationPl
     return activation is not None and activation != INT8_TOKENS
 
 
-def _replace(model: ir.Model, linear: Linear, packed: PackedWeight, outliers: float) -> None:
+def _is_e4m3(levels: np.ndarray) -> bool:
+    """Whether code i stands for what E4M3 reads in the bits of i."""
+    known = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    return len(levels) == 256 and bool(np.array_equal(levels, known, equal_nan=True))
+
+
+def _replace(
+    model: ir.Model, linear: Linear, op: str, packed: PackedWeight, outliers: float
+) -> None:
     graph = model.graph
-    op, inputs, attributes = OP, dict(packed.inputs), dict(packed.attributes)
-    if outliers and attributes["int8_activations"]:
+    inputs, attributes = dict(packed.inputs), dict(packed.attributes)
+    if op in (OUTLIER_OP, FLOAT8_OP):
         del inputs["order"]
-        op, inputs["outliers"] = OUTLIER_OP, np.zeros(0, np.int64)
+    if op == OUTLIER_OP:
+        inputs["outliers"] = np.zeros(0, np.int64)
         attributes["threshold"] = outliers
+    if op == FLOAT8_OP:
+        del attributes["int8_activations"]
     custom_ops.attach(model, op)
     names = Names(graph)
     x = linear.node.inputs[1 - linear.weight_index]  # as earlier replacements left it
@@ -208,13 +233,11 @@ def _replace(model: ir.Model, linear: Linear, packed: PackedWeight, outliers: fl
     graph.remove(linear.node, safe=True)
 
 
-def _describe(site: SitePlan, packed: PackedWeight, outliers: float) -> str:
+def _describe(site: SitePlan, op: str, packed: PackedWeight, outliers: float) -> str:
     fmt = site.weight.format if site.weight is not None else ""
     group = int(packed.attributes["group"])
     by = "one scale a channel" if group == packed.attributes["K"] else f"groups of {group}"
     activations = "float" if site.activation is None else site.activation.format
-    op = OP
     if packed.attributes["int8_activations"]:
         activations = f"int8, outliers from {outliers:g} on float, other" if outliers else "int8"
-        op = OUTLIER_OP if outliers else OP
     return f"{op}, {fmt} in {by}, {activations} activations"

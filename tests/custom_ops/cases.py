@@ -309,6 +309,22 @@ def _dynamic_quant_mat_mul(dtype: str) -> Iterator[Case]:
     yield case("large", "int8", (150, 288), 300, [3, 77], 6.0)
 
 
+def _dynamic_float8_mat_mul(dtype: str) -> Iterator[Case]:
+    rng = np.random.default_rng(23)
+    shapes: tuple[tuple[str, tuple[int, ...], int, int], ...] = (
+        ("fp8", (5, 64), 33, 64), ("fp8", (3, 130), 32, 20), ("int4", (4, 96), 40, 32),
+        ("mxfp4", (2, 64), 17, 32), ("fp8", (2, 3, 48), 16, 48), ("fp8", (0, 64), 16, 64),
+    )  # fmt: skip
+    for number, (kind, shape, n, group) in enumerate(shapes):
+        packed = quantized_weight(kind, n, shape[-1], group, int8_activations=False, rng=rng)
+        attributes = {k: v for k, v in packed.attributes.items() if k != "int8_activations"}
+        del packed.inputs["order"]
+        x = (rng.normal(size=shape) * rng.lognormal(size=shape)).astype(dtype)
+        if number == 0:
+            x[1, 3], x[2, 0], x[4] = np.nan, np.inf, 0
+        yield Case(f"{kind} {shape} x {n}", {"x": x}, packed.inputs, attributes, number == 4)
+
+
 # K, block, order of the core: around vectors of 8 and 16, each kind of core, some blocks.
 _HADAMARDS = (
     (1, 1, 1), (2, 2, 1), (4, 4, 1), (8, 8, 1), (16, 16, 1), (32, 32, 1), (64, 16, 1), (96, 32, 1),
@@ -410,6 +426,7 @@ def _of_integers(make: Callable[[str], Iterator[Raw]]) -> Callable[[str], Iterat
 
 CASES: dict[str, Callable[[str], Iterator[Case]]] = {
     **{name: _of_integers(make) for name, make in INTEGER_CASES.items()},
+    "DynamicFloat8MatMul": _dynamic_float8_mat_mul,
     "DynamicQuantMatMul": _dynamic_quant_mat_mul,
     "DynamicQuantizePerToken": _per_token,
     "Hadamard": _hadamard,
@@ -459,6 +476,7 @@ def agrees(op_name: str, case: Case, got: Sequence[Array], *, kernel: bool) -> b
 
 
 _EXACT: dict[str, Callable[[Inputs, Mapping[str, Any]], tuple[Array, Array]]] = {
+    "DynamicFloat8MatMul": exact.dynamic_float8_mat_mul,
     "DynamicQuantMatMul": exact.dynamic_quant_mat_mul,
     "Hadamard": exact.hadamard,
     "QuantMatMul": exact.quant_mat_mul,

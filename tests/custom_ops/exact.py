@@ -11,6 +11,7 @@ import numpy as np
 from onnxq.custom_ops.defs import dynamic_quantize_per_token as per_token
 from onnxq.custom_ops.defs import hadamard as hadamard_definition
 from onnxq.custom_ops.defs import quant_mat_mul as definition
+from onnxq.custom_ops.defs.dynamic_float8_mat_mul import ROWS
 from onnxq.custom_ops.defs.dynamic_quant_mat_mul import outlier_columns
 
 Array = np.ndarray[Any, Any]
@@ -106,6 +107,19 @@ def is_quantized_rotation(got: Sequence[Array], arrays: Arrays, a: Attributes) -
         if (np.abs(127.0 * s[finite] - most) > b.max(axis=-1)[finite] + 1e-6 * most).any():
             return False
     return True
+
+
+def dynamic_float8_mat_mul(arrays: Arrays, a: Attributes) -> tuple[Array, Array]:
+    """The product of rounded rows in float64, and how far from it a result may lie."""
+    x = arrays["x"]
+    (rounded,) = custom_ops.get("QuantizeBlock").reference(x.astype(np.float32), **ROWS)
+    wide = {**arrays, "x": rounded}
+    exact, budget = quant_mat_mul(wide, {**a, "int8_activations": 0})
+    with np.errstate(all="ignore"):
+        if x.dtype == np.float16:
+            budget = budget * (1 + 2.0**-10) + np.abs(exact) * 2.0**-11 + 2.0**-25
+            exact = np.where(np.abs(exact) > 65519, np.inf, exact)
+    return exact, budget
 
 
 def dynamic_quant_mat_mul(arrays: Arrays, a: Attributes) -> tuple[Array, Array]:

@@ -23,6 +23,9 @@ from onnxq.runtime import Library, require_onnxruntime, session
 from tests.custom_ops.cases import CASES, Case, agrees, model_of
 
 ROWS = [(kernel.op, kernel.dtype) for kernel in custom_ops.kernels() if kernel.provider == "CPU"]
+# Those that no CPU kernel is of: the body's own operators have some.
+BODIES = [*ROWS, ("DynamicFloat8MatMul", "float32"), ("DynamicFloat8MatMul", "float16")]
+BODY_IDS = [f"{op}-{dtype}" for op, dtype in BODIES]
 IDS = [f"{op}-{dtype}" for op, dtype in ROWS]
 
 
@@ -53,7 +56,7 @@ class Runner:
         return session(model_of(self._op, case, opset=self._opset), threads=1, **self._options)
 
 
-@pytest.mark.parametrize(("op", "dtype"), ROWS, ids=IDS)
+@pytest.mark.parametrize(("op", "dtype"), BODIES, ids=BODY_IDS)
 def test_body_in_the_reference_evaluator(op: str, dtype: str) -> None:
     for case in CASES[op](dtype):
         evaluator = ReferenceEvaluator(onnx.load_from_string(model_of(op, case)))
@@ -63,7 +66,7 @@ def test_body_in_the_reference_evaluator(op: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("optimize", [True, False])
-@pytest.mark.parametrize(("op", "dtype"), ROWS, ids=IDS)
+@pytest.mark.parametrize(("op", "dtype"), BODIES, ids=BODY_IDS)
 def test_body_in_onnxruntime(op: str, dtype: str, optimize: bool) -> None:
     runner = Runner(op, optimize=optimize, library=False)
     for case in CASES[op](dtype):
@@ -71,7 +74,7 @@ def test_body_in_onnxruntime(op: str, dtype: str, optimize: bool) -> None:
 
 
 @pytest.mark.parametrize("opset", range(18, 26))
-@pytest.mark.parametrize(("op", "dtype"), ROWS, ids=IDS)
+@pytest.mark.parametrize(("op", "dtype"), BODIES, ids=BODY_IDS)
 def test_body_in_every_opset(op: str, dtype: str, opset: int) -> None:
     if opset < custom_ops.get(op).min_opset:
         pytest.skip("the body needs a newer opset")
@@ -123,6 +126,15 @@ def test_which_form_runs(
     events = json.loads(Path(profiled.end_profiling()).read_text(encoding="utf-8"))
     ran = {event["args"]["op_name"] for event in events if event.get("cat") == "Node"}
     assert (ran == {op}) if kernels else (op not in ran and len(ran) > 1)
+
+
+def test_a_body_s_operators_run_on_their_kernels(library: Library) -> None:
+    """FP8 rows on the CPU: the two operators of the body, to the bit."""
+    for case in CASES["DynamicFloat8MatMul"]("float32"):
+        got = session(model_of("DynamicFloat8MatMul", case), threads=1, library=True).run(
+            None, case.inputs
+        )
+        assert agrees("DynamicFloat8MatMul", case, got, kernel=True), case.name
 
 
 def test_per_token_agrees_with_quantize_linear() -> None:

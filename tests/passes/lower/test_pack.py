@@ -197,3 +197,26 @@ def test_consecutive_levels_are_completed(levels: np.ndarray) -> None:
     stored, zero = packed.inputs["levels"], packed.inputs["zero_points"]
     assert (np.diff(stored) == 1).all()
     assert np.array_equal(stored[: len(levels)] - int(zero.flat[0]), levels)
+
+
+def test_fp8_on_both_sides_is_one_operator_where_the_target_multiplies_it() -> None:
+    """The same numbers as QuantizeBlock and QuantMatMul, with the kernels and without."""
+    before = model()
+    assign = Assign(mode="per-token", activations="fp8e4m3", weights="fp8e4m3")
+    apart = h.apply(before, assign, Pack()).model
+    assert h.ops(apart)["QuantMatMul"] == h.ops(apart)["QuantizeBlock"] == 2
+    after = h.apply(before, assign, Pack(), target="cuda").model
+    assert h.ops(after)["DynamicFloat8MatMul"] == 2
+    assert not {"QuantMatMul", "QuantizeBlock"} & set(h.ops(after))
+    expected = h.run(apart, X)["y"]
+    assert h.relative_error(expected, h.run(after, X)["y"]) < BODY_ERROR
+    assert h.relative_error(expected, with_kernels(after)) < BODY_ERROR
+
+
+@pytest.mark.parametrize(
+    ("activations", "weights"), [("fp8e5m2", "fp8e4m3"), ("fp8e4m3", "int8"), ("int8", "int8")]
+)
+def test_other_formats_are_not_that_operator(activations: str, weights: str) -> None:
+    assign = Assign(mode="per-token", activations=activations, weights=weights)
+    after = h.apply(model(), assign, Pack(), target="cuda").model
+    assert h.ops(after)["QuantMatMul"] == 2
