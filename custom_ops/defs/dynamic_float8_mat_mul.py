@@ -111,21 +111,32 @@ def _build_function() -> onnx.FunctionProto:
     return proto
 
 
-def reference(x: Array, *weights: Array, **attributes: Any) -> tuple[Array]:
+def reference(
+    x: Array,
+    codes: Array,
+    scales: Array,
+    zero_points: Array,
+    levels: Array,
+    bias: Array,
+    **attributes: Any,
+) -> tuple[Array]:
     """The body's two operators in numpy, as the CPU's kernels compute them.
 
     Args:
         x: ``[..., K]`` float32 or float16.
-        weights: codes, scales, zero points, levels and bias, as QuantMatMul's.
+        codes: this and what follows to ``bias``: as QuantMatMul's.
+        scales: as QuantMatMul's.
+        zero_points: as QuantMatMul's.
+        levels: as QuantMatMul's.
+        bias: as QuantMatMul's.
         attributes: QuantMatMul's but for ``int8_activations``.
 
     Returns:
         ``y: [..., N]`` of the type of x.
     """
     (rounded,) = quantize_block.reference(x.astype(np.float32), **ROWS)
-    (y,) = quant_mat_mul.reference(
-        rounded, *weights, quant_mat_mul.NO_ORDER, int8_activations=0, **attributes
-    )
+    weights = (codes, scales, zero_points, levels, bias, quant_mat_mul.NO_ORDER)
+    (y,) = quant_mat_mul.reference(rounded, *weights, int8_activations=0, **attributes)
     with np.errstate(over="ignore"):
         return (y.astype(x.dtype),)
 

@@ -11,6 +11,7 @@ import numpy as np
 from onnxq.custom_ops.defs import dynamic_quantize_per_token as per_token
 from onnxq.custom_ops.defs import hadamard as hadamard_definition
 from onnxq.custom_ops.defs import quant_mat_mul as definition
+from onnxq.custom_ops.defs import quantize_block
 from onnxq.custom_ops.defs.dynamic_float8_mat_mul import ROWS
 from onnxq.custom_ops.defs.dynamic_quant_mat_mul import outlier_columns
 
@@ -112,8 +113,8 @@ def is_quantized_rotation(got: Sequence[Array], arrays: Arrays, a: Attributes) -
 def dynamic_float8_mat_mul(arrays: Arrays, a: Attributes) -> tuple[Array, Array]:
     """The product of rounded rows in float64, and how far from it a result may lie."""
     x = arrays["x"]
-    (rounded,) = custom_ops.get("QuantizeBlock").reference(x.astype(np.float32), **ROWS)
-    wide = {**arrays, "x": rounded}
+    (rounded,) = quantize_block.reference(x.astype(np.float32), **ROWS)
+    wide = {**arrays, "x": rounded, "order": definition.NO_ORDER}
     exact, budget = quant_mat_mul(wide, {**a, "int8_activations": 0})
     with np.errstate(all="ignore"):
         if x.dtype == np.float16:
