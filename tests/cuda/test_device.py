@@ -22,7 +22,7 @@ from benchmarks._cuda import (
 )
 from onnxq import custom_ops
 from onnxq.custom_ops.block_format import block_attributes
-from onnxq.custom_ops.cuda_calls import Route
+from onnxq.custom_ops.cuda_calls import Activations, Route
 from onnxq.custom_ops.packed_weight import PackedWeight
 from onnxq.formats import parse_format
 from onnxq.solvers.hadamard import hadamard_matrix
@@ -203,6 +203,68 @@ def test_dynamic_products(device: Device, rng: np.random.Generator, kind: str, d
             budget += HALF_STEP[dtype] * (np.abs(expected) + size * (m > 128)) * 1.01
             error = np.abs(y.double().cpu().numpy() - expected) / budget
             assert error.max() <= 1, (m, k, n, named, threshold, error.max())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dynamic_products_in_fp8(device: Device, rng: np.random.Generator, dtype: str) -> None:
+    """Few rows as 16-bit floats, many on cuBLASLt's FP8, whose sums keep fewer bits."""
+    import torch
+
+    reference = custom_ops.get("DynamicFloat8MatMul").reference
+    for m, (k, n, group) in itertools.product((1, 8, 40, 300), ((512, 272, 512), (256, 96, 128))):
+        packed = quantized_weight("fp8", n, k, group, int8_activations=False, rng=rng)
+        names = ("codes", "scales", "zero_points", "levels", "bias")
+        attributes = {k: v for k, v in packed.attributes.items() if k != "int8_activations"}
+        x = activations(rng, (m, k), dtype)
+        run, y = device.dynamic_product(x, Weight(device, packed), Activations.FLOAT8)
+        run()
+        torch.cuda.synchronize()
+        source = x.float().cpu().numpy()
+        (expected,) = reference(source, *(packed.inputs[name] for name in names), **attributes)
+        _, size = exact(source, packed)
+        budget = (2.0**-10 + HALF_STEP[dtype]) * 1.01 * size + HALF_STEP[dtype] * np.abs(expected)
+        error = np.abs(y.double().cpu().numpy() - expected) / (budget + 2.0**-24)
+        assert error.max() <= 1, (m, k, n, group, error.max())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_groups_in_fp8(device: Device, rng: np.random.Generator, dtype: str) -> None:
+    """The numbers that QuantizeBlock gives."""
+    import torch
+
+    reference = custom_ops.get("QuantizeBlock").reference
+    attributes = block_attributes(parse_format("fp8e4m3"), group=128)
+    for rows, k in ((1, 128), (37, 1024), (300, 4096)):
+        x = activations(rng, (rows, k), dtype)
+        run, q, scale = device.float8_groups(x, 128)
+        run()
+        torch.cuda.synchronize()
+        got = q.float() * scale.T.repeat_interleave(128, dim=1)
+        (expected,) = reference(x.float().cpu().numpy(), **attributes)
+        assert np.array_equal(got.cpu().numpy(), expected)
+
+
+def test_products_of_fp8_with_scales_of_blocks(device: Device, rng: np.random.Generator) -> None:
+    import torch
+
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("cuBLASLt has block scales from Hopper on")
+    m, n, k, block = 256, 384, 512, 128
+    x, w = (
+        torch.from_numpy(rng.normal(size=shape)).cuda().to(torch.float8_e4m3fn)
+        for shape in ((m, k), (n, k))
+    )
+    rows = torch.rand(k // block, m, device="cuda") + 0.5
+    columns = torch.rand(n // block, -(-k // block // 4) * 4, device="cuda") + 0.5
+    run, y = device.matrix_product(x, w, x_scales=rows, weights_scales=columns, scale_block=block)
+    run()
+    torch.cuda.synchronize()
+    left = x.double() * rows.double().T.repeat_interleave(block, dim=1)
+    spread = columns.double()[:, : k // block].repeat_interleave(block, dim=0)
+    right = w.double() * spread.repeat_interleave(block, dim=1)
+    size = left.abs() @ right.abs().T
+    wrong = (y.double() - left @ right.T).abs() > size * 2.0**-8
+    assert not wrong.any()
 
 
 def test_matrix_products(device: Device, rng: np.random.Generator) -> None:
