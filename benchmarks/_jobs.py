@@ -244,6 +244,32 @@ def ort_gptq(options: Options) -> None:
     done.save_model_to_file(options["out"], use_external_data_format=False)
 
 
+def olive_w4(options: Options) -> None:
+    """Olive's weight-only passes: ``model``, ``out``; ``method``: ``rtn``, ``hqq`` or ``kquant``.
+
+    ``block`` (32), ``exclude``: nodes that stay float.
+    """
+    import importlib
+    import shutil
+
+    from olive.model import ONNXModelHandler
+    from olive.passes.olive_pass import create_pass_from_dict
+
+    module, name = {
+        "rtn": ("rtn_quantization", "OnnxBlockWiseRtnQuantization"),
+        "hqq": ("hqq_quantization", "OnnxHqqQuantization"),
+        "kquant": ("kquant_quantization", "OnnxKQuantQuantization"),
+    }[options["method"]]
+    owner = getattr(importlib.import_module(f"olive.passes.onnx.{module}"), name)
+    settings = {
+        "block_size": options.get("block", 32),
+        "nodes_to_exclude": options.get("exclude", []),
+    }
+    made = create_pass_from_dict(owner, settings, disable_search=True)
+    done = made.run(ONNXModelHandler(str(options["model"])), str(Path("olive").resolve()))
+    shutil.copy(done.model_path, options["out"])
+
+
 class _Reader:
     """The samples of a folder of ``.npz`` files, as ONNX Runtime wants to be given them."""
 
@@ -274,7 +300,7 @@ JOBS: dict[str, Job] = {
         build_model, write_feeds, write_image_feeds, onnxq_run, onnxq_passes, onnxq_rounded,
         onnxq_calibrate,
         ort_calibrate, ort_dynamic, ort_prepare, ort_gptq,
-        ort_static, ort_w4,
+        ort_static, ort_w4, olive_w4,
     )
 }  # fmt: skip
 

@@ -4,7 +4,7 @@
     python benchmarks/llm_weights.py --json              one object a line
     python benchmarks/llm_weights.py --only gptq-asym-g32 ort-rtn-asym-g32
     python benchmarks/llm_weights.py --cache FOLDER      keep rows; go on where it ended
-    python benchmarks/llm_weights.py --peers venv/bin/python    for ORT's HQQ, which needs torch
+    python benchmarks/llm_weights.py --peers venv/bin/python    for ORT's HQQ (torch), and Olive
     python benchmarks/llm_weights.py --quick             stories260K: does it run at all?
 
 SmolLM2-135M-Instruct, whose weights were 4-bit before (GGUF Q4_1, blocks of 32), so INT4 looks
@@ -104,6 +104,13 @@ def configurations() -> Iterator[Configuration]:
     yield Configuration(
         "ort-gptq-asym-g32", "ORT GPTQ, asym-g32", ort={"block": 32}, job="ort_gptq"
     )
+    for method in ("rtn", "hqq", "kquant"):
+        yield Configuration(
+            f"olive-{method}-g32",
+            f"Olive {method}, g32",
+            ort={"block": 32, "method": method},
+            job="olive_w4",
+        )
     yield Configuration(
         "hqq-asym-g32", "onnxq HQQ, real zero points, g32", plan, "hqq", peers=("ort-hqq-g32",)
     )
@@ -163,7 +170,10 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a SmolLM2 that is built already")
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help="keep rows and models there")
     parser.add_argument(
-        "--peers", type=Path, metavar="PYTHON", help="interpreter with onnxruntime, onnx and torch"
+        "--peers",
+        type=Path,
+        metavar="PYTHON",
+        help="interpreter with onnxruntime, torch and olive-ai",
     )
     parser.add_argument("--markdown", action="store_true")
     arguments = parser.parse_args()

@@ -59,7 +59,8 @@ def mse_params(
         fmt: a format with a scale for each group.
         group: columns per scale; 0 for whole rows; None for the format's own block.
         norm: the exponent.
-        factors: of the extremes' range; default 1 down to 0.21 (MX: 1, 1/2, 2).
+        factors: of the extremes' range, powers of two for MX; default 1 down to 0.21 (MX: 1, 1/2,
+            2).
         importance: ``[K]``, for example the second moments of the inputs.
 
     Raises:
@@ -75,7 +76,8 @@ def mse_params(
             powered = powered * weight
         return np.asarray(powered.sum(axis=1, dtype=np.float64))
 
-    return _search(weights, fmt, granularity, error, factors)
+    plain = MX_FACTORS if isinstance(fmt, MxFormat) else MSE_FACTORS
+    return _search(weights, fmt, granularity, error, factors or plain)
 
 
 def awq_clip(
@@ -84,7 +86,7 @@ def awq_clip(
     fmt: Format,
     *,
     group: int | None = None,
-    factors: Sequence[float] = AWQ_FACTORS,
+    factors: Sequence[float] | None = None,
 ) -> Params:
     """Scales of least output error ``d H_gg d'`` for each row and group g.
 
@@ -105,7 +107,8 @@ def awq_clip(
         per_block = np.sum((parts @ blocks) * parts, axis=2)
         return np.asarray(per_block.T.reshape(-1))
 
-    return _search(weights, fmt, granularity, error, factors)
+    plain = MX_FACTORS if isinstance(fmt, MxFormat) else AWQ_FACTORS
+    return _search(weights, fmt, granularity, error, factors or plain)
 
 
 def opt_rtn(
@@ -175,13 +178,11 @@ def _search(
     fmt: Format,
     granularity: Granularity,
     error: Error,
-    factors: Sequence[float] | None,
+    factors: Sequence[float],
 ) -> Params:
     """For each group, the candidate of least error; the earlier factor on a tie."""
     base = fmt.params(W, granularity)
     groups = granularity.split(W)
-    if factors is None or isinstance(fmt, MxFormat):
-        factors = MX_FACTORS if isinstance(fmt, MxFormat) else factors or MSE_FACTORS
     best, least = base, np.full(groups.values.shape[0], np.inf)
     for factor in factors:
         candidate = _shrunk(fmt, base, groups, factor)

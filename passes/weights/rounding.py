@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from onnxq.calibration.requests import StatRequest
 from onnxq.calibration.statistics import Statistics
-from onnxq.formats import Format, IntFormat, Params, parse_format
+from onnxq.formats import Format, IntFormat, MxFormat, Params, parse_format
 from onnxq.graph.match import Linear, analyze
 from onnxq.passes.contract import Context, Key, Pass, PassReport
 from onnxq.passes.keys import PLAN, ROUNDED, STATISTICS
@@ -187,12 +187,19 @@ def format_of(site: SitePlan, weight: WeightPlan, ctx: Context) -> Format:
     return dataclasses.replace(fmt, scheme="full") if signed_scales else fmt
 
 
+MX_ROOM = (1.0, 2.0)
+"""For powers of two. Halving clips the extremes, and columns grow while they take up errors: with
+GPTQ it costs 0.3 dB of the output at 4, 6 and 8 bits."""
+
+
 def searched_scales(rows: Array, gram: Array, fmt: Format, group: int) -> Params:
     """Scales of least squared error, each column weighted by the energy of its input.
 
     Below 4 bits ranges shrink much more; searching so far gains 0.3 dB at 2 bits.
     """
     factors = SHRINK if fmt.bits >= 4 else DEEP_SHRINK
+    if isinstance(fmt, MxFormat):
+        factors = MX_ROOM
     importance = np.diag(gram).astype(np.float32)
     return mse_params(rows, fmt, group=group, norm=2, factors=factors, importance=importance)
 

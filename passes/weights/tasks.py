@@ -26,7 +26,7 @@ from onnxq.solvers.hessian import output_error
 
 Array = npt.NDArray[Any]
 
-_VERSION = 1
+_VERSION = 2
 """Raise it when solvers give other results for the same options: old caches are then ignored."""
 
 

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pytest
 
 from onnxq.errors import SpecError, UnsupportedError
+from onnxq.formats import parse_format
 from onnxq.passes.contract import Pass
 from onnxq.passes.decide.assign import Assign
 from onnxq.passes.decide.calibrate import Calibrate
@@ -18,6 +19,8 @@ from onnxq.passes.weights.gpfq import Gpfq
 from onnxq.passes.weights.gptq import Gptq
 from onnxq.passes.weights.opt_rtn import OptRtn
 from onnxq.passes.weights.rounded import RoundedWeights
+from onnxq.passes.weights.rounding import searched_scales
+from onnxq.solvers.scale_search import mse_params
 
 from ..helpers import apply, model_of, normal, relative_error, report_of, run
 
@@ -132,3 +135,19 @@ def test_rounded_weights_survive_storage() -> None:
 def test_damping_out_of_range_is_refused() -> None:
     with pytest.raises(SpecError, match="damping=0"):
         Gptq(damping=0.0)
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp6e2m3", "mxint8"])
+def test_mx_scales_leave_room_for_what_columns_take_up(name: str) -> None:
+    """Ranges are never halved, though where errors of large weights count little it would gain."""
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((96, 64)).astype(np.float32)
+    rows[:, ::8] *= 1.9
+    energy = np.ones(64)
+    energy[::8] = 1e-3
+    fmt = parse_format(name)
+    params = searched_scales(rows, np.diag(energy), fmt, 32)
+    floor = fmt.params(rows, params.granularity).scale.astype(np.float32)
+    assert set(np.unique(params.scale.astype(np.float32) / floor)) <= {1.0, 2.0}
+    free = mse_params(rows, fmt, group=32, norm=2, importance=energy)
+    assert 0.5 in free.scale.astype(np.float32) / floor
