@@ -3,7 +3,7 @@
 #include <string>
 
 #include "emulator.h"
-#include "hadamard.h"
+#include "launch.h"
 #include "outliers.h"
 #include "plan.h"
 #include "quantize_block.h"
@@ -408,6 +408,77 @@ static void DecodeWord(WeightKind kind, uint32_t word, float z, uint32_t* pairs)
 ONNXQ_EXPORT void decode_word(int type, int kind, uint32_t word, float z, uint32_t* pairs) {
   if (type == 1) DecodeWord<Half>(static_cast<WeightKind>(kind), word, z, pairs);
   if (type == 2) DecodeWord<Bfloat>(static_cast<WeightKind>(kind), word, z, pairs);
+}
+
+// The launches that dynamic.cc makes, on memory of the CPU: the order of its kernels and the places
+// in its scratch memory are tested with these.
+extern "C" {
+
+// One multiprocessor and cuBLASLt, so that every route is reached by M.
+int onnxq_cuda_plan(const QuantMatMulArgs* args, int kind, int element, int operands, Plan* plan) {
+  *plan = PlanQuantMatMul(*args, static_cast<WeightKind>(kind), element == 0 ? 4 : 2, 1, true,
+                          static_cast<Operands>(operands));
+  return 0;
+}
+
+int onnxq_cuda_find_outliers(const OutlierArgs* args, int element, OnnxqStream) {
+  ForType(element, [&](auto t) { RunFindOutliers<decltype(t)>(*args); });
+  return 0;
+}
+
+int onnxq_cuda_add_outliers(const QuantMatMulArgs* args, const OutlierArgs* outliers, int element,
+                            OnnxqStream) {
+  ForType(element, [&](auto t) { RunAddOutliers<decltype(t)>(*args, *outliers); });
+  return 0;
+}
+
+int onnxq_cuda_per_token(const PerTokenArgs* args, int rows, int element, int activations,
+                         int floats, OnnxqStream) {
+  if (emulate_per_token(args, rows, element, 2 * activations + floats) != nullptr) return 1;
+  return 0;
+}
+
+// cuBLASLt's part is a plain loop.
+int onnxq_cuda_quant_mat_mul(const QuantMatMulArgs* args, int kind, int element, float unit,
+                             const Plan* plan, void* scratch, OnnxqStream) {
+  QuantMatMulArgs a = *args;
+  a.splits = plan->splits;
+  a.partial = plan->splits > 1 ? static_cast<float*>(scratch) : nullptr;
+  if (!HoldsBytes(plan->route)) {
+    if (plan->route != Route::kAny) a.factor *= unit;
+    const char* const broken =
+        emulate_quant_mat_mul(&a, element, kind, static_cast<int>(plan->route), plan->row_tiles);
+    return broken == nullptr ? 0 : 1;
+  }
+  const ByteScratch parts(a);
+  auto* const base = static_cast<char*>(scratch);
+  const auto* const x = static_cast<const uint8_t*>(a.x);
+  const auto* const w = reinterpret_cast<const uint8_t*>(base);
+  const bool integers = plan->route == Route::kInteger;
+  RunExpandBytes(a, !integers, reinterpret_cast<uint8_t*>(base));
+  for (int64_t i = 0; i < int64_t{a.m} * a.n; ++i) {
+    const uint8_t* const row = x + i / a.n * a.k;
+    const uint8_t* const column = w + i % a.n * a.k;
+    double sum = 0;
+    for (int k = 0; k < a.k; ++k) {
+      sum += integers ? static_cast<int8_t>(row[k]) * static_cast<int8_t>(column[k])
+                      : static_cast<double>(FromE4M3(row[k])) * FromE4M3(column[k]);
+    }
+    char* const to = base + parts.products + 4 * i;
+    if (integers) *reinterpret_cast<int32_t*>(to) = static_cast<int32_t>(sum);
+    if (!integers) *reinterpret_cast<float*>(to) = static_cast<float>(sum);
+  }
+  ForType(element, [&](auto t) {
+    using T = decltype(t);
+    if (integers) {
+      return RunScaleIntegers<T>(a, reinterpret_cast<const int32_t*>(base + parts.products));
+    }
+    a.factor *= unit;
+    RunScaleFloats<T>(a, reinterpret_cast<const float*>(base + parts.products),
+                      reinterpret_cast<float*>(base + parts.scales));
+  });
+  return 0;
+}
 }
 
 // Of the structs that Python mirrors, in the order of the test.

@@ -165,6 +165,41 @@ class Emulation:
         )
         return [int(place) for place in at]
 
+    def dynamic_product(
+        self,
+        x: Array,
+        packed: PackedWeight,
+        activations: Activations,
+        named: Array,
+        threshold: float,
+    ) -> tuple[Array, Route]:
+        """The launch function of products with quantized rows as it is, and the route it took."""
+        made = self.classify(packed)
+        plain = x.dtype == np.float32
+        kind = WeightKind.ANY if plain else made.kind
+        call = Call(x, packed, made, plain_factor=True)
+        outliers = Outliers(aligned(named).ctypes.data, len(named), threshold)
+        operands = Operands.NONE
+        if activations == Activations.FLOAT8 and made.kind == WeightKind.E4M3:
+            operands = Operands.FLOAT8
+        elif self.has_int8_levels(packed.inputs["levels"], int(packed.attributes["bits"])):
+            operands = Operands.INT8
+        element, plan = int(ELEMENT_TYPES[x.dtype]), Plan()
+        self._handle.onnxq_cuda_dynamic_plan(
+            *(ctypes.byref(call.args), int(kind), element, int(operands)),
+            *(ctypes.byref(outliers), ctypes.byref(plan)),
+        )
+        # Anything at first, and guards behind the end.
+        scratch = aligned(np.full(plan.scratch_bytes + ALIGNMENT, 0xFF, np.uint8))
+        code = self._handle.onnxq_cuda_dynamic_quant_mat_mul(
+            *(ctypes.byref(call.args), int(kind), element, int(activations)),
+            *(ctypes.c_float(made.unit), ctypes.byref(outliers), ctypes.byref(plan)),
+            *(ctypes.c_void_p(scratch.ctypes.data), None),
+        )
+        if code != 0 or not (scratch[plan.scratch_bytes :] == 0xFF).all():
+            raise RuntimeError(f"the launch broke (code {code}) or wrote behind its scratch memory")
+        return call.y, Route(plan.route)
+
     def integer_product(
         self, q: Array, packed: PackedWeight, row_scale: Array, dtype: np.dtype[Any], *, sums: bool
     ) -> Array:

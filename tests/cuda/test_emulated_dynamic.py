@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from onnxq import custom_ops
-from onnxq.custom_ops.cuda_calls import Outliers, QuantMatMulArgs, Route
+from onnxq.custom_ops.cuda_calls import Activations, Outliers, QuantMatMulArgs, Route
 from onnxq.custom_ops.defs.dynamic_quant_mat_mul import outlier_columns
 from onnxq.custom_ops.packed_weight import PackedWeight
 from tests.cuda.emulation import BFLOAT16, Array, Emulation, exact, half_step
@@ -138,6 +138,43 @@ def test_levels_of_int8(emulation: Emulation) -> None:
         (np.arange(-8, 8), 4, True),
     ):
         assert emulation.has_int8_levels(levels.astype(np.float32), bits) is expected
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16], ids=str)
+def test_the_launch_function(emulation: Emulation, dtype: np.dtype[Any]) -> None:
+    """Every kernel in its order, on one piece of scratch memory; cuBLASLt is a loop."""
+    rng = np.random.default_rng(9)
+    routes = set()
+    for m, (k, n, group) in itertools.product((3, 20, 130), ((128, 48, 128), (96, 40, 32))):
+        x = rng.normal(size=(m, k)).astype(dtype)
+        x[:, 3] *= 20
+        int8 = quantized_weight("int8", n, k, group, int8_activations=True, rng=rng)
+        for named, threshold in (([], 0.0), ([5, 3, 3], 0.0), ([k - 1], 8.0)):
+            if m == 130 and group < k:
+                continue  # goes to 16-bit products of cuBLASLt
+            columns = np.array(named, np.int64)
+            reference = custom_ops.get("DynamicQuantMatMul").reference
+            (expected,) = reference(
+                x, *unordered(int8), columns, threshold=threshold, **int8.attributes
+            )
+            got, route = emulation.dynamic_product(x, int8, Activations.INT8, columns, threshold)
+            routes.add(route)
+            assert_close(got, expected, x, int8, f"{m} {k} {named} {route}")
+        if m == 130 and group < k:
+            continue
+        fp8 = quantized_weight("fp8", n, k, group, int8_activations=False, rng=rng)
+        attributes = {a: v for a, v in fp8.attributes.items() if a != "int8_activations"}
+        (expected,) = custom_ops.get("DynamicFloat8MatMul").reference(
+            x, *unordered(fp8), **attributes
+        )
+        got, route = emulation.dynamic_product(
+            x, fp8, Activations.FLOAT8, np.zeros(0, np.int64), 0.0
+        )
+        routes.add(route)
+        assert_close(got, expected, x, fp8, f"fp8 {m} {k} {route}")
+    tensor_cores = set() if dtype == FLOAT32 else {Route.GEMV, Route.TILE}
+    plain = {Route.ANY} if dtype == FLOAT32 else set()
+    assert routes == {Route.INTEGER, Route.FLOAT8} | tensor_cores | plain
 
 
 def test_parts_of_scratch_memory_lie_behind_one_another(emulation: Emulation) -> None:

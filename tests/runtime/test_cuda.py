@@ -19,9 +19,9 @@ import pytest
 import onnxq
 from onnxq import custom_ops
 from onnxq.errors import UnsupportedError
-from onnxq.runtime import cuda, doctor, session
+from onnxq.runtime import cuda, doctor, session, usable_library
 from onnxq.runtime.library import CUDA
-from tests.custom_ops.cases import Case, model_of, quantized_weight
+from tests.custom_ops.cases import CASES, Case, agrees, model_of, quantized_weight
 from tests.custom_ops.exact import quant_mat_mul
 
 _DRIVER = """
@@ -158,6 +158,22 @@ def test_cuda_first_without_cuda_runs_on_the_cpu(caplog: pytest.LogCaptureFixtur
     (y,) = made.run(None, case.inputs)
     exact, budget = quant_mat_mul({**case.inputs, **case.constants}, case.attributes)
     assert np.all(np.abs(y - exact) <= budget)
+
+
+@pytest.mark.parametrize("op", sorted({k.op for k in custom_ops.kernels() if k.provider == "CUDA"}))
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_every_operator_of_cuda_runs_without_it(
+    op: str, dtype: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A model for CUDA on a machine without: said, and right; also one with FP8 on both sides."""
+    if cuda.device_problem() is None:
+        pytest.skip("there is a GPU here")
+    case = next(iter(CASES[op](dtype)))
+    with caplog.at_level(logging.WARNING, logger="onnxq.runtime"):
+        made = session(model_of(op, case), ["cuda", "cpu"], threads=1)
+    assert "without CUDA" in caplog.text
+    compiled = usable_library() is not None and op != "DynamicFloat8MatMul"
+    assert agrees(op, case, made.run(None, case.inputs), kernel=compiled)
 
 
 def test_cuda_alone_without_cuda_is_an_error() -> None:
