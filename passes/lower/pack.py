@@ -7,9 +7,10 @@ stays in the plan, for ``qdq`` behind this pass.
 =============  ==================================================================================
 mode           activations
 =============  ==================================================================================
-weight-only    as ``activations`` says: rounded to INT8, one scale a token, or float
+weight-only    as ``activations`` says: rounded to INT8, one scale a token or group, or float
 dynamic        rounded to INT8, one scale a token
-per-token      rounded to INT8 inside of the product, or by ``QuantizeBlock`` in front of it
+per-token      rounded to INT8 inside of the product, one scale a token, or a group where their
+               groups are the weight's; to other formats by ``QuantizeBlock`` in front of it
 static         none: their ranges are fixed, ``qdq`` performs them
 =============  ==================================================================================
 
@@ -38,14 +39,15 @@ from onnxq.custom_ops.packed_weight import (
     takes_int8,
 )
 from onnxq.errors import InternalError, SpecError, UnsupportedError
-from onnxq.formats import IntFormat, parse_format
 from onnxq.graph.edit import Names, add_initializer, insert_before, remove_dead, replace_value
 from onnxq.graph.match import Linear, analyze
+from onnxq.graph.match.values import value_dtype
 from onnxq.passes.contract import Context, Pass, PassReport
 from onnxq.passes.keys import PLAN, ROUNDED, STATISTICS
 from onnxq.passes.lower.activations import ActivationRounding
 from onnxq.passes.lower.qdq import forget_shapes
-from onnxq.passes.lower.weights import to_nearest, weight_as_read
+from onnxq.passes.lower.rotations import quantize_rotations
+from onnxq.passes.lower.weights import grid_format, to_nearest, weight_as_read
 from onnxq.passes.plan import ActivationPlan, SitePlan
 from onnxq.passes.targets import Target
 from onnxq.passes.weights.rounded import RoundedWeight, RoundedWeights
@@ -65,11 +67,15 @@ class Pack(Pass):
 
     Args:
         activations: what weight-only layers do with their activations: ``int8`` rounds each token
-            to INT8 inside of the kernel, which is much faster; ``float`` keeps them. Formats whose
-            levels are no multiples of one number (NF4, FP8) keep them in any case.
+            to INT8 inside of the kernel, which is much faster; ``int8-group`` gives each group of
+            the weight's columns a scale of its own, which is more accurate and nearly as fast;
+            ``float`` keeps them. Formats whose levels are no multiples of one number (NF4, FP8)
+            keep them in any case.
         scales: how scales are stored. ``float16`` rounds them, by less than 0.05 %, ``bfloat16`` by
             less than 0.4 %, of any range. ``integer`` (Integer Scale, arXiv 2405.14597) is for
             4-bit integers with INT8 activations: groups are summed in integers.
+        fuse_rotations: rotate (``online-hadamard``) and quantize in one operator where the products
+            behind a rotation take INT8 activations.
         outliers: with INT8 activations, columns that hold a magnitude from this on, in any token of
             a call, stay float; 0 for none. LLM.int8() uses 6.
     """
@@ -82,13 +88,26 @@ class Pack(Pass):
     invalidates: ClassVar = (STATISTICS,)
     tolerance: ClassVar[float | None] = None
 
-    activations: Literal["int8", "float"] = "int8"
+    activations: Literal["int8", "int8-group", "float"] = "int8"
     scales: Literal["float16", "bfloat16", "float32", "integer"] = "float16"
     outliers: float = 0.0
+    fuse_rotations: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.outliers < math.inf:
             raise SpecError("SPEC-RANGE", f"outliers={self.outliers} is no magnitude", "try 6")
+        if self.outliers and self.activations == "int8-group":
+            raise SpecError(
+                "SPEC-COMBINATION",
+                "outliers are taken out of rows with one scale, activations=int8-group has more",
+                "use one of the two",
+            )
+        if self.scales == "integer" and self.activations == "int8-group":
+            raise SpecError(
+                "SPEC-COMBINATION",
+                "scales=integer sums groups in integers, activations=int8-group scales each",
+                "use one of the two",
+            )
 
     def candidates(self, model: ir.Model) -> list[str]:
         """Linear layers of the main graph."""
@@ -102,6 +121,7 @@ class Pack(Pass):
         linears = {linear.name: linear for linear in analyze(model).linears}
         left = dataclasses.replace(plan, sites=dict(plan.sites))
         rounding = ActivationRounding(model)
+        products = []
         for site in plan.sites.values():
             linear = linears.get(site.site)
             reason = _reason_against(site, linear)
@@ -112,18 +132,23 @@ class Pack(Pass):
                     reason = error.cause
                 else:
                     op = self._operator(site, packed, ctx.target)
-                    if op != FLOAT8_OP and _needs_rounding(site.activation):
+                    if op != FLOAT8_OP and _needs_rounding(site.activation, packed):
                         rounding.read_rounded(
                             linear.node,
                             1 - linear.weight_index,
                             linear.in_features,
                             site.activation,
                         )
-                    _replace(model, linear, op, packed, self.outliers)
+                    node = _replace(model, linear, op, packed, self.outliers)
+                    if op == OP and value_dtype(linear.weight) == ir.DataType.FLOAT:
+                        products.append(node)
                     del left.sites[site.site]
                     report.change(site.site, _describe(site, op, packed, self.outliers))
                     continue
             report.skip(site.site, f"{reason}; left in the plan for `qdq`")
+        if self.fuse_rotations and ctx.target.name != "cuda":
+            for name in quantize_rotations(model, products):
+                report.change(name, "HadamardQuantize: rotates and quantizes in one pass")
         if report.changed:
             remove_dead(model.graph)
             forget_shapes(model)
@@ -136,9 +161,7 @@ class Pack(Pass):
         plan = site.weight
         if plan is None:
             raise InternalError("PLAN-WEIGHT", f"{site.site} has no weight plan")
-        fmt = parse_format(plan.format)
-        if isinstance(fmt, IntFormat):
-            fmt = dataclasses.replace(fmt, block=0, scheme="sym" if plan.symmetric else "asym")
+        fmt = grid_format(plan)
         if rounded is None:
             array, in_axis, _ = weight_as_read(linear)
             rows = array if in_axis == 1 else np.ascontiguousarray(array.T)
@@ -164,7 +187,7 @@ class Pack(Pass):
             zero_point=zero,
             factor=rounded.factor,
             scale_type=own if rounded.scale_type == "float32" else rounded.scale_type,
-            int8_activations=self._rounds_inside(site, levels),
+            int8_activations=self._rounds_inside(site, levels, rounded.group),
             bias=linear.b,
         )
 
@@ -175,11 +198,15 @@ class Pack(Pass):
         both = site.activation == FLOAT8_TOKENS and _is_e4m3(packed.inputs["levels"])
         return FLOAT8_OP if both and target.float8_products else OP
 
-    def _rounds_inside(self, site: SitePlan, levels: np.ndarray) -> bool:
-        """Whether the product rounds each row of activations to INT8."""
+    def _rounds_inside(self, site: SitePlan, levels: np.ndarray, group: int) -> int:
+        """Whether the product rounds activations to INT8: 0 no, 1 each row, 2 each group."""
         if site.activation is not None:
-            return site.activation == INT8_TOKENS
-        return site.mode == "dynamic" or (self.activations == "int8" and takes_int8(levels))
+            by_group = site.activation == ActivationPlan(f"int8g{group}") and takes_int8(levels)
+            return 2 * by_group or int(site.activation == INT8_TOKENS)
+        if site.mode == "dynamic":
+            return 1
+        wanted = {"float": 0, "int8": 1, "int8-group": 2}[self.activations]
+        return wanted * takes_int8(levels)
 
 
 def _reason_against(site: SitePlan, linear: Linear | None) -> str | None:
@@ -190,9 +217,11 @@ def _reason_against(site: SitePlan, linear: Linear | None) -> str | None:
     return None
 
 
-def _needs_rounding(activation: ActivationPlan | None) -> TypeGuard[ActivationPlan]:
+def _needs_rounding(
+    activation: ActivationPlan | None, packed: PackedWeight
+) -> TypeGuard[ActivationPlan]:
     """Whether activations are rounded to what the product does not round to by itself."""
-    return activation is not None and activation != INT8_TOKENS
+    return activation is not None and not packed.attributes["int8_activations"]
 
 
 def _is_e4m3(levels: np.ndarray) -> bool:
@@ -203,7 +232,8 @@ def _is_e4m3(levels: np.ndarray) -> bool:
 
 def _replace(
     model: ir.Model, linear: Linear, op: str, packed: PackedWeight, outliers: float
-) -> None:
+) -> ir.Node:
+    """Put the packed product in the layer's place."""
     graph = model.graph
     inputs, attributes = dict(packed.inputs), dict(packed.attributes)
     if op in (OUTLIER_OP, FLOAT8_OP):
@@ -231,6 +261,7 @@ def _replace(
     if linear.bias_add is not None:
         graph.remove(linear.bias_add, safe=True)
     graph.remove(linear.node, safe=True)
+    return node
 
 
 def _describe(site: SitePlan, op: str, packed: PackedWeight, outliers: float) -> str:
@@ -239,5 +270,7 @@ def _describe(site: SitePlan, op: str, packed: PackedWeight, outliers: float) ->
     by = "one scale a channel" if group == packed.attributes["K"] else f"groups of {group}"
     activations = "float" if site.activation is None else site.activation.format
     if packed.attributes["int8_activations"]:
-        activations = f"int8, outliers from {outliers:g} on float, other" if outliers else "int8"
+        activations = "int8" if packed.attributes["int8_activations"] == 1 else "int8 by group"
+        if outliers:
+            activations = f"int8, outliers from {outliers:g} on float, other"
     return f"{op}, {fmt} in {by}, {activations} activations"

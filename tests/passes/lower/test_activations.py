@@ -177,6 +177,17 @@ def test_int8_tokens_are_packed() -> None:
     np.testing.assert_allclose(run(result.model, {"x": x})["y"], y, rtol=0.01, atol=0.01)
 
 
+def test_int8_groups_of_the_weight_are_rounded_inside() -> None:
+    model = model_of(TWO, WEIGHTS, opset=21, ir_version=10)
+    assign = Assign(mode="per-token", activations="int8g32", weights="int4", block=32)
+    packed = apply(model, assign, Pack()).model
+    assert ops(packed)["QuantMatMul"] == 2
+    assert ops(packed)["QuantizeBlock"] == 0
+    x = normal(5, 64, seed=3)
+    _, y, _ = planned(activations="int8g32", weights="int4", block=32)
+    np.testing.assert_allclose(run(packed, {"x": x})["y"], y, rtol=0.01, atol=0.01)
+
+
 @pytest.mark.parametrize("options", [
     {"activations": "mxfp4", "weights": "mxfp4"}, {"activations": "nvfp4", "weights": "nvfp4"},
     {"activations": "int4", "weights": "int4", "clip": 0.9}, {"activations": "int8", "clip": 0.9},

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import numpy as np
 import onnx_ir as ir
 import pytest
 
+from onnxq import custom_ops
 from onnxq.custom_ops.packed_weight import PackedWeight, pack_table
 from onnxq.errors import PreconditionError, SpecError
+from onnxq.graph.edit import add_initializer
 from onnxq.passes.decide.assign import Assign
 from onnxq.passes.decide.calibrate import Calibrate
 from onnxq.passes.lower.pack import Pack
@@ -58,6 +62,7 @@ def with_kernels(packed: ir.Model) -> np.ndarray:
         (W4, Pack(activations="float", scales="float32"), INT4_ERROR),
         (W4, Pack(scales="bfloat16"), INT4_ERROR),
         (W4, Pack(scales="integer"), INT4_ERROR),
+        (W4, Pack(activations="int8-group"), INT4_ERROR),
         (
             Assign(mode="weight-only", weights="uint4", block=64, symmetric_weights=False),
             Pack(),
@@ -96,6 +101,72 @@ def test_every_format_takes_its_bits_and_runs(weights: str, bits: int) -> None:
     assert sum(tensor.nbytes for tensor in codes if tensor is not None) * 8 == padded * bits
     body = h.run(after, X)["y"]
     assert h.relative_error(body, with_kernels(after)) < BODY_ERROR
+
+
+def test_scales_by_group_are_closer_to_float_activations() -> None:
+    """A column 200 times as large takes the steps of its own group alone."""
+    x = {"x": X["x"].copy()}
+    x["x"][..., 3] *= 200
+    packs = (Pack(activations="float"), Pack(), Pack(activations="int8-group"))
+    made = [h.apply(model(), W4, pack).model for pack in packs]
+    exact, by_token, by_group = (h.run(packed, x)["y"] for packed in made)
+    token_error = h.relative_error(exact, by_token)
+    assert 0 < h.relative_error(exact, by_group) < token_error / 1.5
+
+
+@pytest.mark.parametrize("options", [{"outliers": 6.0}, {"scales": "integer"}])
+def test_scales_by_group_stand_alone(options: dict[str, Any]) -> None:
+    with pytest.raises(SpecError, match="activations=int8-group") as caught:
+        Pack(activations="int8-group", **options)
+    assert caught.value.code == "SPEC-COMBINATION"
+
+
+def rotated_model(second: str) -> ir.Model:
+    """A rotation of x that two nodes read."""
+    text = f"""g (float[B,T,{H}] x) => (float[B,T,{N}] y, float[B,T,Z] z) {{
+        y = MatMul(x, w1) {second} }}"""
+    weights = {"w1": h.normal(H, N, seed=1), "w2": h.normal(H, N, seed=2)}
+    made = h.model_of(text, {w: array for w, array in weights.items() if w in text}, opset=21)
+    custom_ops.attach(made, "Hadamard")
+    x, readers = made.graph.inputs[0], list(made.graph)
+    core = add_initializer(made.graph, "core", np.ones((1, 1), np.float32))
+    node = custom_ops.make_node("Hadamard", [x, core], {"block": 32, "scale": 32**-0.5})
+    node.outputs[0].name, node.outputs[0].type = "rotated", x.type
+    for reader in readers:
+        reader.replace_input_with(0, node.outputs[0])
+    made.graph.insert_before(readers[0], node)
+    return made
+
+
+@pytest.mark.parametrize("activations", ["int8", "int8-group"])
+def test_a_rotation_is_quantized_on_the_way(activations: Literal["int8", "int8-group"]) -> None:
+    """Two products share it; the numbers are those of the operators apart, to the bit."""
+    fused = h.apply(rotated_model("z = MatMul(x, w2)"), W4, Pack(activations=activations))
+    apart = h.apply(
+        rotated_model("z = MatMul(x, w2)"), W4, Pack(activations=activations, fuse_rotations=False)
+    )
+    assert h.ops(fused.model)["HadamardQuantize"] == 1
+    assert h.ops(fused.model)["QuantMatMulInt8"] == 2
+    assert not {"Hadamard", "QuantMatMul"} & set(h.ops(fused.model))
+    assert any("one pass" in change.what for change in h.report_of(fused, "pack").changed)
+    assert h.ops(apart.model)["Hadamard"] == 1
+    assert h.ops(apart.model)["QuantMatMul"] == 2
+    x = {"x": h.normal(2, 3, H, seed=5)}
+    bodies = [h.run(result.model, x) for result in (fused, apart)]
+    for name in ("y", "z"):
+        assert h.relative_error(bodies[0][name], bodies[1][name]) < BODY_ERROR
+    if usable_library() is None:
+        pytest.skip("no kernels")
+    made = [ir.to_proto(result.model).SerializeToString() for result in (fused, apart)]
+    got = [session(source, threads=1, library=True).run(None, x) for source in made]
+    for one, other in zip(*got, strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_a_rotation_that_others_read_stays_apart() -> None:
+    packed = h.apply(rotated_model("z = Relu(x)"), W4, Pack()).model
+    assert h.ops(packed)["Hadamard"] == h.ops(packed)["QuantMatMul"] == 1
+    assert h.ops(packed)["HadamardQuantize"] == 0
 
 
 def test_integer_scales_add_little_to_the_error() -> None:
@@ -153,11 +224,24 @@ def test_solved_weights_are_taken() -> None:
 
 def test_same_weights_as_qdq() -> None:
     """With float activations and scales the packed product is that of the dequantized weight."""
-    packed = h.apply(model(), W4, Pack(activations="float", scales="float32")).model
+    asymmetric = Assign(mode="weight-only", weights="uint4", block=32, symmetric_weights=False)
+    packed = h.apply(model(), asymmetric, Pack(activations="float", scales="float32")).model
     blocked = Target("blocked", "a runtime without MatMulNBits", forms=("blocked",))
-    theirs = h.apply(model(), W4, Qdq(), target=blocked).model
+    theirs = h.apply(model(), asymmetric, Qdq(), target=blocked).model
     assert h.ops(theirs)["DequantizeLinear"] == 2
     assert h.relative_error(h.run(theirs, X)["y"], h.run(packed, X)["y"]) < BODY_ERROR
+
+
+def test_blocks_of_int4_take_signed_scales() -> None:
+    """With the extreme on the lowest code, -8, the step is smaller than with it on 7."""
+    packed = h.apply(model(), W4, Pack(activations="float", scales="float32")).model
+    blocked = Target("blocked", "a runtime without MatMulNBits", forms=("blocked",))
+    positive = h.apply(model(), W4, Qdq(), target=blocked).model
+    exact = h.run(model(), X)["y"]
+    errors = [h.relative_error(exact, h.run(made, X)["y"]) for made in (packed, positive)]
+    assert errors[0] < errors[1]
+    scales = [v.const_value for n, v in packed.graph.initializers.items() if "_scales" in n]
+    assert all((tensor.numpy() < 0).any() for tensor in scales if tensor is not None)
 
 
 def test_what_it_cannot_take_is_left_for_qdq() -> None:
