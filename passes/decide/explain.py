@@ -10,8 +10,8 @@ from onnxq.passes.contract import PassReport
 from onnxq.passes.plan import QuantPlan
 
 FLOAT_REASONS = {
-    "norm": "stays float: there is no integer kernel, and its output needs the precision",
-    "activation": "stays float: there is no integer kernel",
+    "norm": "stays float: onnxruntime has no integer kernel, and its output needs the precision",
+    "activation": "stays float: onnxruntime has no integer kernel",
     "softmax": "stays float: a mask constant would set the range of its input",
     "attention": "stays float: both operands are activations; little time, much error",
     "residual": "stays float: an integer add loses accuracy and gains no speed",
