@@ -40,7 +40,7 @@ from onnxq.solvers.learn_rotation import cayley, nearest_orthogonal
 
 Float64 = npt.NDArray[np.float64]
 MOMENTUM = 0.9
-LARGEST_TURN = 0.1
+LARGEST_TURN = 0.03
 """Spectral bound in radians on the first step; it falls like a cosine."""
 
 
@@ -199,6 +199,8 @@ def learn_by_loss(
 ) -> tuple[dict[str, Float64], float, float]:
     """The rotations after ``steps`` steps, one sample each in turn, and the mean loss at both ends.
 
+    Where the mean loss has not fallen, the start is given back.
+
     Args:
         graph: the network with its norms folded.
         samples: feeds with ``input_ids [N, S]``.
@@ -247,7 +249,8 @@ def learn_by_loss(
             if size > 0:
                 matrices[key] = cayley(memory[key] * (turn / size)) @ matrix
     matrices = {key: nearest_orthogonal(matrix) for key, matrix in matrices.items()}
-    return matrices, before, mean_loss()
+    after = mean_loss()
+    return (matrices, before, after) if after < before else (dict(start), before, before)
 
 
 def _rotated(torch: Any, matrices: Sequence[Tensor], grid: Grid) -> Callable[[Tensor], Tensor]:

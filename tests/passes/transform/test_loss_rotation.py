@@ -5,15 +5,23 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
+from tokenizers import Tokenizer
 
+from onnxq import models
 from onnxq.errors import DataError, SpecError, UnsupportedError
+from onnxq.graph import io
 from onnxq.passes.contract import PassReport
+from onnxq.passes.decide.assign import Assign
 from onnxq.passes.decide.calibrate import Calibrate
+from onnxq.passes.lower.qdq import Qdq
+from onnxq.passes.prepare.canonicalize import Canonicalize
 from onnxq.passes.transform.fold_norm import FoldNorm
 from onnxq.passes.transform.learn_rotation import LearnRotation
 from onnxq.passes.transform.online_hadamard import OnlineHadamard
@@ -39,9 +47,11 @@ SAMPLES = [{"input_ids": RNG.integers(0, 50, (2, 12))} for _ in range(3)]
 decoder = functools.partial(llama, hidden=32, heads=4, kv_heads=2, double=False)
 
 
-def learn(model: ir.Model, *before: Any, **options: Any) -> tuple[ir.Model, PassReport]:
-    passes = (FoldNorm(), *before, Calibrate(), LearnRotation(objective="loss", **options))
-    result = apply(model, *passes, samples=SAMPLES)
+def learn(
+    model: ir.Model, samples: list[dict[str, Any]] = SAMPLES, **options: Any
+) -> tuple[ir.Model, PassReport]:
+    passes = (FoldNorm(), Calibrate(), LearnRotation(objective="loss", **options))
+    result = apply(model, *passes, samples=samples)
     return result.model, report_of(result, "learn-rotation")
 
 
@@ -72,7 +82,10 @@ def test_layernorms_in_torch(spelling: str, opset: int) -> None:
 @pytest.mark.parametrize("block", [0, 8])
 def test_the_function_stays_and_the_loss_falls(block: int) -> None:
     model = decoder(outlier=20.0)
-    learned, report = learn(model, steps=25, block=block)
+    ids = RNG.integers(0, 50, (8, 12))
+    for place in range(1, 12):  # what the model says itself: rounding can only take away from it
+        ids[:, place] = run(model, {"input_ids": ids})["logits"][:, place - 1].argmax(-1)
+    learned, report = learn(model, samples=[{"input_ids": ids}], steps=60, bits=3, block=block)
     assert (
         relative_error(run(model, SAMPLES[0])["logits"], run(learned, SAMPLES[0])["logits"]) < 1e-4
     )
@@ -94,6 +107,34 @@ def test_the_gradient_is_that_of_the_loss() -> None:
     np.testing.assert_allclose(x.grad.numpy(), 3 * x.detach().numpy() ** 2, rtol=2e-3, atol=2e-3)
     coarse = rounded(torch, x, Grid(4, 8)).detach().numpy().reshape(-1, 8)
     assert all(len(np.unique(row)) <= 16 for row in coarse)
+
+
+@needs_torch
+@pytest.mark.slow
+def test_a_real_decoder_gets_better_on_text_that_it_did_not_learn_from(tmp_path: Path) -> None:
+    shared = Path(os.environ.get("ONNXQ_SHARED", Path(__file__).parents[4] / "shared"))
+    folder = shared / "data" / "stories260k"
+    if not folder.is_dir():
+        pytest.skip("the shared data folder is absent (set ONNXQ_SHARED)")
+    path = tmp_path / "stories.onnx"
+    models.build("stories260k", path, checkpoint=folder)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "stories.tokenizer.json"))
+    text = next(folder.glob("*.txt")).read_text(encoding="utf-8")
+    ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids)
+    windows = ids[: len(ids) // 64 * 64].reshape(-1, 64)
+    batches = [{"input_ids": windows[at : at + 16]} for at in range(0, 96, 16)]
+    fresh = windows[96:]
+    tail = (Assign(mode="per-token", weights="int8", activations="int4-asym"), Qdq())
+
+    def loss(turn: Any) -> float:
+        before = (Canonicalize(opset=21), FoldNorm(), OnlineHadamard(), Calibrate())
+        done = apply(io.load(path), *before, turn, *tail, samples=batches).model
+        logits = run(done, {"input_ids": fresh})["logits"][:, :-1].astype(np.float64)
+        logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+        return float(-np.take_along_axis(logits, fresh[:, 1:, None], -1).mean())
+
+    learned = loss(LearnRotation(objective="loss", steps=60, seed=0))
+    assert learned < loss(Rotate(seed=0)) - 0.01
 
 
 @needs_torch
