@@ -6,14 +6,15 @@
     python benchmarks/end_to_end.py --markdown           the tables of docs/kernels.md
     python benchmarks/end_to_end.py --quick              stories260K and few sentences
 
-All weights are rounded to nearest, INT4 in symmetric blocks of 32, ours with scales of the least
-squared error. MiniLM: one sentence of 128 tokens; Spearman x 100 over STS-B dev pairs. SmolLM2-135M
-with a key/value cache: a prompt of 128 tokens, then one token after those 128; perplexity on
-windows of 512 tokens of wiki.test. Its output layer, a fifth of the weights and tied to the
-embedding, stays float but where the row says otherwise; onnxruntime's int4 cannot reach it behind
-its Transpose. onnxruntime's dynamic int8 also rounds embeddings, with one scale a tensor. One
-thread, all models in turn in one process: medians of processor time, and speed-ups over fp32 as
-medians over rounds, so that other load hardly counts.
+Weights are rounded to nearest, INT4 in symmetric blocks of 32, and activations of our W4A8 by the
+same blocks, as onnxruntime's MatMulNBits has both; "GPTQ" rounds weights on text: 32 windows of
+wiki.valid, or for MiniLM 128 sentences of STS-B train. MiniLM: one sentence of 128 tokens; Spearman
+x 100 over STS-B dev pairs. SmolLM2-135M with a key/value cache: a prompt of 128 tokens, then one
+token after those 128; perplexity on windows of 512 tokens of wiki.test. Its output layer, a fifth
+of the weights and tied to the embedding, stays float but where the row says otherwise;
+onnxruntime's int4 cannot reach it behind its Transpose. onnxruntime's dynamic int8 also rounds
+embeddings, with one scale a tensor. One thread, all models in turn in one process: medians of
+processor time, and speed-ups over fp32 as medians over rounds, so that other load hardly counts.
 """
 
 from __future__ import annotations
@@ -32,11 +33,16 @@ from _common import Column, Row
 from onnxq.runtime import usable_library
 
 PROMPT, WINDOW, ROUNDS = 128, 512, 25
+CALIBRATION = {"minilm": 128, "smollm2": 32}
 HEAD = "/lm_head/MatMul"
 FLOAT_HEAD = 'partial{layers=["*lm_head*"]}'
-INT4 = "assign{mode=weight-only weights=int4 block=32 weight-method=mse}"
+INT4 = "assign{mode=weight-only weights=int4 block=32}"
 INT4_LAYERS = INT4.replace("mode=weight-only", "mode=weight-only embeddings=float")
 INT8_LAYERS = "assign{mode=dynamic embeddings=float}"
+PACK = "pack{activations=int8-group}"
+GPTQ_LAYERS = (
+    f"simplify-attention, calibrate, {INT4_LAYERS}, {FLOAT_HEAD}, gptq{{damping=0.01}}, {PACK}"
+)
 PER_CHANNEL = {"per_channel": True}
 BUILDERS = {"minilm": "minilm", "smollm2": "smollm2-135m"}
 PREPARED = "canonicalize{opset=21}"
@@ -61,7 +67,13 @@ def ours(name: str, label: str, passes: str, *peers: str) -> Configuration:
 MINILM = (
     Configuration("ort-w4", "ORT MatMulNBits, int4", "ort_w4"),
     Configuration("ort-int8", "ORT dynamic int8", "ort_dynamic", {"keywords": PER_CHANNEL}),
-    ours("w4a8", "onnxq W4A8, int8 embedding", f"{INT4}, pack, qdq", "ort-w4"),
+    ours("w4a8", "onnxq W4A8, int8 embedding", f"{INT4}, {PACK}, qdq", "ort-w4"),
+    ours(
+        "w4a8-gptq",
+        "onnxq W4A8, GPTQ, int8 embedding",
+        f"simplify-attention, calibrate, {INT4}, gptq{{damping=0.01}}, {PACK}, qdq",
+        "ort-w4",
+    ),
     ours("w8a8", "onnxq W8A8 per token", "assign{mode=dynamic}, pack, qdq", "ort-int8"),
 )
 SMOLLM2 = (
@@ -72,11 +84,12 @@ SMOLLM2 = (
         "ort_dynamic",
         {"keywords": {**PER_CHANNEL, "nodes_to_exclude": [HEAD]}},
     ),
-    ours("w4a8", "onnxq W4A8", f"{INT4_LAYERS}, {FLOAT_HEAD}, pack", "ort-w4"),
+    ours("w4a8", "onnxq W4A8", f"{INT4_LAYERS}, {FLOAT_HEAD}, {PACK}", "ort-w4"),
+    ours("w4a8-gptq", "onnxq W4A8, GPTQ", GPTQ_LAYERS, "ort-w4"),
     ours(
         "w4a8-head",
         "onnxq W4A8, output layer int8",
-        f'{INT4_LAYERS}, set-format{{layers=["*lm_head*"] format=int8g32}}, pack',
+        f'{INT4_LAYERS}, set-format{{layers=["*lm_head*"] format=int8g32}}, {PACK}',
         "ort-w4",
     ),
     ours("w8a8", "onnxq W8A8 per token", f"{INT8_LAYERS}, {FLOAT_HEAD}, pack", "ort-int8"),
@@ -153,7 +166,10 @@ def measure(name: str, arguments: Namespace, folder: Path) -> list[Row]:
     rows, paths = [Row("fp32", "fp32")], {"fp32": base}
     for configuration in CONFIGURATIONS[name]:
         out = folder / f"{configuration.name}.onnx"
-        cost = common.run_job(configuration.job, model=base, out=out, **configuration.options)
+        options = dict(configuration.options)
+        if "calibrate" in options.get("passes", ""):
+            options["feeds"] = calibration(name, base, arguments, folder)
+        cost = common.run_job(configuration.job, model=base, out=out, **options)
         mine = configuration.job == "onnxq_passes"
         row = Row(configuration.name, configuration.label, mine, error=cost.error)
         if cost.error is None:
@@ -192,6 +208,51 @@ def build(name: str, quick: bool, folder: Path) -> Path:
             raise SystemExit(f"{name} cannot be built: {done.error}")
     built.with_suffix(".tokenizer.json").rename(base.with_suffix(".tokenizer.json"))
     return base
+
+
+def calibration(name: str, base: Path, arguments: Namespace, folder: Path) -> Path:
+    """A folder of samples: windows of text for a decoder, sentences for an encoder."""
+    import numpy as np
+
+    from onnxq.data.text import encode_texts, load_tokenizer
+    from onnxq.graph import io
+
+    out = folder / "calibration"
+    if out.exists():
+        return out
+    out.mkdir()
+    count, data = 2 if arguments.quick else CALIBRATION[name], common.shared_folder() / "data"
+    tokenizer = base.with_suffix(".tokenizer.json")
+    inputs = io.load(base).graph.inputs
+    if name == "minilm":
+        lines = (data / "stsb" / "sts-train.csv").read_text("utf-8").splitlines()
+        texts = [line.split("\t")[5] for line in lines[:: len(lines) // count][:count]]
+        names = [str(value.name) for value in inputs]
+        samples = [encode_texts([text], tokenizer, names, PROMPT) for text in texts]
+    else:
+        file = data / "wikitext2" / "wiki.valid.tokens"
+        if arguments.quick:
+            file = data / "stories260k" / "TinyStories-valid-30KB.txt"
+        ids = load_tokenizer(tokenizer).encode(file.read_text("utf-8")).ids[: count * WINDOW]
+        pasts = [value for value in inputs if str(value.name).startswith("past_key_values")]
+        samples = [
+            decoder_inputs(np.array([ids[at : at + WINDOW]], np.int64), pasts)
+            for at in range(0, len(ids), WINDOW)
+        ]
+    for number, sample in enumerate(samples):
+        np.savez(out / f"{number:04}.npz", **sample)
+    return out
+
+
+def decoder_inputs(ids: Any, pasts: Any) -> dict[str, Any]:
+    """``ids: [1, S]`` without a past; ``pasts`` are values ``[1, heads, length, d]``."""
+    import numpy as np
+
+    feeds = {str(p.name): np.zeros((1, p.shape[1], 0, p.shape[3]), np.float32) for p in pasts}
+    feeds["input_ids"] = ids
+    feeds["attention_mask"] = np.ones(ids.shape, np.int64)
+    feeds["position_ids"] = np.arange(ids.shape[1], dtype=np.int64)[None]
+    return feeds
 
 
 def size_of(path: Path) -> float:

@@ -17,6 +17,10 @@ FP4, MX or NVFP4 on the CPU: there the peer is its float32 MatMul, and ggml wher
 ggml-python` has put it. The rotation's peer is the
 product with the matrix.
 
+A call alone, of a session with one Relu of the same activations, is timed in turn with the rest
+(`call_us`): of small products it is the greater part. `kernel_read_share` is the share of the
+bandwidth without it.
+
 The limits that shares refer to are measured in the same run (`_limits.cc`): arithmetic in
 registers, INT8 or float; for up to 8 rows the bandwidth, by reading as many bytes as the weights
 take, in turn with the rest, so from wherever the peers' weights have driven them to.
@@ -56,7 +60,7 @@ MIN_ROUNDS, MAX_ROUNDS = 5, 60
 PERCENTILE = 25
 SLOW_SECONDS = 1.0
 FEW_ROWS = 8
-READ = "read"
+READ, CALL = "read", "call"
 OPSET = 21
 
 Array = np.ndarray[Any, Any]
@@ -71,7 +75,7 @@ class Variant:
         name: the case's name.
         levels: of the codes.
         group: columns that share a scale; 0 for all.
-        int8: whether activations are rounded to INT8.
+        int8: whether activations are rounded to INT8: 0, 1 a scale a row, 2 a scale a group.
         scale: how scales are stored.
         peers: name and builder of each peer; the first decides the claim.
         ggml: type of ggml that is a peer too, where ggml-python is installed.
@@ -80,7 +84,7 @@ class Variant:
     name: str
     levels: Array
     group: int
-    int8: bool
+    int8: int
     scale: Any
     peers: Mapping[str, Peer]
     shapes: Sequence[tuple[int, int]] = SHAPES
@@ -202,6 +206,17 @@ def fp32(k: int, n: int, rng: np.random.Generator) -> onnx.ModelProto:
     return _model(k, n, [oh.make_node("MatMul", ["x", "w"], ["y"])], weights)
 
 
+def call_alone(k: int) -> onnx.ModelProto:
+    """What a call costs: one Relu of the activations."""
+    graph = oh.make_graph(
+        [oh.make_node("Relu", ["x"], ["y"])],
+        "alone",
+        [oh.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["M", k])],
+        [oh.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["M", k])],
+    )
+    return oh.make_model(graph, opset_imports=[oh.make_opsetid("", OPSET)], ir_version=10)
+
+
 def _int8_weight(k: int, n: int, rng: np.random.Generator) -> dict[str, Array]:
     return {"w": rng.integers(-127, 128, size=(k, n), dtype=np.int8), "s": _scales(rng, n)}
 
@@ -289,6 +304,10 @@ def variants() -> dict[str, Variant | Rotation]:
             {"ort MatMulNBits": nbits(4, g, 4), **float32},
             ggml="Q4_0" if g == 32 else "",
         )
+        for g in (32, 128)
+    ]
+    made += [
+        Variant(f"w4a8_g{g}_by_group", int4, g, 2, "float16", {"ort MatMulNBits": nbits(4, g, 4)})
         for g in (32, 128)
     ]
     made += [
@@ -387,15 +406,17 @@ def compare(
     weight = None
     if variant.ggml and _ggml.module() is not None:
         weight = _ggml.Weight(variant.ggml, k, n, threads)
-    compute = _limits.operations_per_second(variant.int8) * threads
+    compute = _limits.operations_per_second(bool(variant.int8)) * threads
+    alone = open_session(call_alone(k).SerializeToString(), threads)
     read = {READ: _limits.reader(stored)} if threads == 1 else {}
     for m in rows:
         x = rng.standard_normal((m, k), dtype=np.float32)
         runs = {name: _run(session, x) for name, session in sessions.items()}
         if weight is not None:
             runs[f"ggml {variant.ggml}{' repacked' * weight.repacked}"] = weight.product(x)
+        runs[CALL] = _run(alone, x)
         taken = times({**runs, **(read if m <= FEW_ROWS else {})}, threads, quick)
-        ours, reading = taken.pop("ours"), taken.pop(READ, None)
+        ours, call, reading = taken.pop("ours"), taken.pop(CALL), taken.pop(READ, None)
         rate = variant.operations(m, k, n) / ours
         for name, other in taken.items():
             yield {
@@ -414,9 +435,16 @@ def compare(
                 "gb_s": stored / ours / 1e9,
                 "compute_share": rate / compute,
                 "compute_limit_gops": compute / 1e9,
+                "call_us": call * 1e6,
                 "read_share": None if reading is None else reading / ours,
+                "kernel_read_share": None if reading is None else _over(reading, ours - call),
                 "read_limit_gb_s": None if reading is None else stored / reading / 1e9,
             }
+
+
+def _over(seconds: float, other: float) -> float | None:
+    """Their ratio, where the other is more than noise."""
+    return seconds / other if other > 0 else None
 
 
 def _run(session: Any, x: Array) -> Callable[[], object]:
@@ -426,7 +454,8 @@ def _run(session: Any, x: Array) -> Callable[[], object]:
 COLUMNS = (
     ("case", "{}"), ("M", "{}"), ("K", "{}"), ("N", "{}"), ("threads", "{}"), ("ours", "{:.0f}"),
     ("peer", "{:.0f}"), ("peer_name", "{}"), ("ratio", "{:.2f}"), ("gops", "{:.0f}"),
-    ("gb_s", "{:.1f}"), ("compute_share", "{:.0%}"), ("read_share", "{:.0%}"),
+    ("call_us", "{:.0f}"), ("gb_s", "{:.1f}"), ("compute_share", "{:.0%}"),
+    ("read_share", "{:.0%}"), ("kernel_read_share", "{:.0%}"),
 )  # fmt: skip
 
 

@@ -278,3 +278,20 @@ def test_kernels_are_timed_beside_onnxruntime_on_the_same_computation() -> None:
     assert {"w4a8_g32", "hadamard"} <= cases
     for row in rows:
         assert row["ratio"] == pytest.approx(float(row["peer"]) / float(row["ours"]))  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_whole_models_lose_no_more_than_onnxruntimes_int4(shared: Path) -> None:
+    """Both models, each with accuracy, size and speed; our W4A8 rounds as MatMulNBits does."""
+    rows = rows_of("end_to_end.py")
+    sts = figure(rows, "minilm w4a8 sts_dev", "ort-w4")
+    assert abs(float(str(sts["ours"])) - float(str(sts["peer"]))) < 1.0
+    text = figure(rows, "stories260k w4a8 perplexity", "ort-w4")
+    assert abs(float(str(text["ratio"])) - 1) < 0.05
+    cases = {str(row["case"]) for row in rows}
+    for name, figures in {
+        "minilm": ("sts_dev", "size", "sentence_speedup"),
+        "stories260k": ("perplexity", "size", "prefill_speedup", "decode_speedup"),
+    }.items():
+        for kind in ("w4a8", "w4a8-gptq", "w8a8"):
+            assert {f"{name} {kind} {column}" for column in figures} <= cases
