@@ -349,9 +349,9 @@ def evaluate(setup: Setup, path: Path, is_reference: bool) -> dict[str, float]:
         file = setup.folder / f"reference{number}.npy"
         some = p[::KL_STEP]
         if is_reference:
-            np.save(file, some.astype(np.float16))
+            np.save(file, some)
         else:
-            exact = np.load(file).astype(np.float32)
+            exact = np.load(file)
             divergence += float((np.exp(exact) * (exact - some)).sum(dtype=np.float64))
             compared += len(some)
     return {"perplexity": math.exp(loss / count), "kl": divergence / max(1, compared)}
