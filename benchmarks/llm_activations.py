@@ -5,6 +5,7 @@
     python benchmarks/llm_activations.py --cases naive,best         some of the rows
     python benchmarks/llm_activations.py --cache FOLDER             keep rows; go on where it ended
     python benchmarks/llm_activations.py --seeds 8                  learned against random rotations
+                                                                    (W8A4, all in blocks of 32)
     python benchmarks/llm_activations.py --speed                    transforms alone, not quantized
     python benchmarks/llm_activations.py --model smollm2.onnx       a model that is built already
 
@@ -411,15 +412,28 @@ def measure(setup: Setup, cases: Sequence[Case]) -> Iterator[Row]:
         yield row
 
 
-def seed_cases(count: int) -> list[Case]:
-    """Random Hadamard rotations of ``count`` seeds, and the one learned from the first."""
+def seed_cases(count: int, block: int) -> list[Case]:
+    """Random Hadamard rotations of ``count`` seeds, and the one learned from the first.
+
+    Args:
+        count: of random rotations.
+        block: channels that are rotated together and share a scale; 0 for whole tokens.
+    """
+    size = f" block={block}" if block else ""
+    online = f"online-hadamard{{block={block}}}"
+    passes = f"assign{{mode=per-token weights=int8 activations=int4g{block}-asym}}, qdq"
     cases = [CASES[0]]
     for seed in range(count):
-        rotated = f"{CLEAN}, fold-norm, rotate{{seed={seed}}}, online-hadamard"
+        rotated = f"{CLEAN}, fold-norm, rotate{{seed={seed}{size}}}, {online}"
         label = f"random Hadamard, seed {seed}"
-        cases.append(Case(f"random-{seed}", label, SEED_PASSES, rotated, "w4a4"))
-    learned = f"{CLEAN}, fold-norm, calibrate, learn-rotation{{seed=0}}, online-hadamard"
-    return [*cases, Case("learned-0", "learned from seed 0", SEED_PASSES, learned, "w4a4")]
+        cases.append(
+            Case(f"random-{seed}", label, passes if block else SEED_PASSES, rotated, "w4a4")
+        )
+    objective = " objective=range" if block else ""
+    learned = f"learn-rotation{{seed=0{size}{objective}}}"
+    before = f"{CLEAN}, fold-norm, calibrate, {learned}, {online}"
+    label = "learned from seed 0"
+    return [*cases, Case("learned-0", label, passes if block else SEED_PASSES, before, "w4a4")]
 
 
 def print_speed(setup: Setup, rounds: int) -> None:
@@ -442,7 +456,8 @@ def print_seeds(rows: Sequence[Row]) -> None:
     learned = rows[-1].figures["perplexity"]
     mean, spread = float(np.mean(found)), float(np.std(found, ddof=1)) if len(found) > 1 else 0.0
     print(
-        f"W4A4 RTN, {len(found)} random seeds: mean {mean:.3f}, standard deviation {spread:.3f}, "
+        f"int4 activations, {len(found)} random seeds: mean {mean:.3f}, "
+        f"standard deviation {spread:.3f}, "
         f"{min(found):.3f} to {max(found):.3f}; learned {learned:.3f}, "
         f"{100 * (1 - learned / mean):.1f} % below the mean"
     )
@@ -518,7 +533,8 @@ def main() -> None:
     )
     parser.add_argument("--markdown", action="store_true", help="the table as Markdown")
     options = parser.parse_args()
-    cases = seed_cases(options.seeds) if options.seeds else chosen(options)
+    block = 0 if options.quick else 32
+    cases = seed_cases(options.seeds, block) if options.seeds else chosen(options)
     with common.workspace() as folder:
         setup = setup_of(options, folder)
         if options.speed:
