@@ -120,6 +120,25 @@ class Float8GroupsArgs(ctypes.Structure):
     )
 
 
+class GatherArgs(ctypes.Structure):
+    """``GatherArgs`` of ``rearrange.h``: ``order`` is ``[K]`` int32, ``count`` M times K."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "order", "y")),
+        ("count", ctypes.c_int64),
+        ("k", ctypes.c_int),
+    )
+
+
+class WidenArgs(ctypes.Structure):
+    """``WidenArgs`` of ``rearrange.h``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "y")),
+        ("count", ctypes.c_int64),
+    )
+
+
 class Outliers(ctypes.Structure):
     """``Outliers`` of ``outliers.h``: ``named`` is ``[named_count]`` int64."""
 

@@ -12,6 +12,7 @@
 #include "outliers.h"
 #include "plan.h"
 #include "quantize_block.h"
+#include "rearrange.h"
 
 #if defined(__CUDACC__)
 #include <cuda_runtime_api.h>
@@ -91,6 +92,10 @@ int onnxq_cuda_quantize_block(const onnxq::cuda::QuantizeBlockArgs* args, int el
 
 // A plain product on cuBLASLt: int8 to int32, or FP8 with fused scales of rows or of blocks.
 int onnxq_cuda_matrix_product(const onnxq::cuda::MatrixProduct* product, OnnxqStream stream);
+
+// Columns of x in another order; and INT8 numbers as float16.
+int onnxq_cuda_gather(const onnxq::cuda::GatherArgs* args, int element, OnnxqStream stream);
+int onnxq_cuda_widen(const onnxq::cuda::WidenArgs* args, OnnxqStream stream);
 
 // Sets *found (device memory) to 1 where a byte is a code of E4M3's NaN; it must be 0 before.
 int onnxq_cuda_find_nan_codes(const uint8_t* codes, int64_t count, int* found, OnnxqStream stream);

@@ -16,9 +16,12 @@ template <ElementType type>
 class PackedProduct {
  public:
   // rows: what rows of activations are quantized to in any case; else an attribute says it.
+  // first_weight: the input that holds the codes.
   ort::OrtStatus* Create(const Api& api, const ort::OrtKernelInfo* info, const char* name,
-                         std::optional<cuda::Activations> rows = std::nullopt) {
+                         std::optional<cuda::Activations> rows = std::nullopt,
+                         size_t first_weight = 1) {
     name_ = name;
+    first_weight_ = first_weight;
     int64_t layout = 0;
     const std::pair<const char*, int64_t*> integers[] = {
         {"K", &k_},       {"N", &n_},          {"group", &group_},
@@ -46,7 +49,9 @@ class PackedProduct {
   bool int8_activations() const { return rows_ == cuda::Activations::kInt8; }
   int64_t k() const { return k_; }
 
-  static ort::OrtStatus* InferShapes(const Api& api, ort::OrtShapeInferContext* context) {
+  // y is of the type of x, or of the one given.
+  static ort::OrtStatus* InferShapes(const Api& api, ort::OrtShapeInferContext* context,
+                                     ElementType of_y = ElementType::kUndefined) {
     SymbolicShape shape;
     ONNXQ_RETURN_IF_ERROR(GetInputShape(api, context, 0, &shape));
     if (shape.dims.empty()) return nullptr;  // not known yet
@@ -58,29 +63,53 @@ class PackedProduct {
         api.ReadOpAttr(attribute, ort::AttributeType::kInt, &n, sizeof n, &bytes));
     shape.dims.back() = n;
     shape.names.back().clear();
-    return SetOutputShape(api, context, 0, shape.type, shape);
+    const bool as_x = of_y == ElementType::kUndefined;
+    return SetOutputShape(api, context, 0, as_x ? shape.type : of_y, shape);
   }
 
   ort::OrtStatus* Compute(const Api& api, ort::OrtKernelContext* context,
-                          const cuda::Outliers& outliers) const {
-    std::array<InputTensor, 6> inputs;
-    for (size_t i = 0; i < inputs.size(); ++i)
-      ONNXQ_RETURN_IF_ERROR(GetInput(api, context, i, &inputs[i]));
-    const InputTensor& x = inputs[0];
-    if (x.shape.empty() || x.shape.back() != k_)
-      return Error(
-          api, name_,
-          "x has shape " + Text(x.shape) + "; its last extent must be " + std::to_string(k_));
+                          const cuda::Outliers& outliers, const int32_t* order = nullptr) const {
     cuda::QuantMatMulArgs args{};
-    ONNXQ_RETURN_IF_ERROR(SetArgs(api, inputs, &args));
-    std::vector<int64_t> shape = x.shape;
-    shape.back() = n_;
+    std::vector<int64_t> shape;
+    ONNXQ_RETURN_IF_ERROR(Bind(api, context, &args, &shape));
     ONNXQ_RETURN_IF_ERROR(MakeOutput(api, context, 0, shape, &args.y));
-    const int64_t m = Product(x.shape, x.shape.size() - 1);
-    if (m == 0) return nullptr;
-    if (m > INT32_MAX) return Error(api, name_, "x has more than 2^31 rows");
-    args.m = static_cast<int>(m);
-    return Run(api, context, args, outliers);
+    return args.m == 0 ? nullptr : Run(api, context, args, outliers, order);
+  }
+
+  // x holds INT8 already, with `scales` [M]; y is float32.
+  ort::OrtStatus* ComputeInt8(const Api& api, ort::OrtKernelContext* context,
+                              const float* scales) const {
+    cuda::QuantMatMulArgs args{};
+    std::vector<int64_t> shape;
+    void* y = nullptr;
+    ONNXQ_RETURN_IF_ERROR(Bind(api, context, &args, &shape));
+    ONNXQ_RETURN_IF_ERROR(MakeOutput(api, context, 0, shape, &y));
+    if (args.m == 0) return nullptr;
+    args.row_scale = scales;
+    args.sums = static_cast<float*>(y);
+    OnnxqStream stream{};
+    ONNXQ_RETURN_IF_ERROR(GetStream(api, context, &stream));
+    const auto kind = static_cast<int>(format_.kind);
+    cuda::Plan plan;
+    ONNXQ_RETURN_IF_ERROR(
+        Check(api, name_,
+              onnxq_cuda_plan(&args, kind, kElement<type>, static_cast<int>(StoredAs()), &plan)));
+    Scratch scratch(api);
+    const int64_t count = int64_t{args.m} * k_;
+    const bool widens = plan.route != cuda::Route::kInteger;
+    const size_t wide_at = widens ? Reserve(&scratch, 2 * count) : 0;
+    const size_t plan_at = plan.scratch_bytes > 0 ? Reserve(&scratch, plan.scratch_bytes) : 0;
+    ONNXQ_RETURN_IF_ERROR(scratch.Allocate(allocator_.get()));
+    if (widens) {
+      const cuda::WidenArgs widen = {static_cast<const int8_t*>(args.x),
+                                     scratch.Get<uint16_t>(wide_at), count};
+      ONNXQ_RETURN_IF_ERROR(Check(api, name_, onnxq_cuda_widen(&widen, stream)));
+      args.x = widen.y;
+    }
+    void* const memory = plan.scratch_bytes > 0 ? scratch.Get<char>(plan_at) : nullptr;
+    return Check(
+        api, name_,
+        onnxq_cuda_quant_mat_mul(&args, kind, kElement<type>, format_.unit, &plan, memory, stream));
   }
 
   // From wherever ONNX Runtime keeps the constant.
@@ -91,6 +120,27 @@ class PackedProduct {
   }
 
  private:
+  // Reads the inputs; shape: of y.
+  ort::OrtStatus* Bind(const Api& api, ort::OrtKernelContext* context, cuda::QuantMatMulArgs* args,
+                       std::vector<int64_t>* shape) const {
+    std::array<InputTensor, 6> inputs;
+    ONNXQ_RETURN_IF_ERROR(GetInput(api, context, 0, &inputs[0]));
+    for (size_t i = 1; i < inputs.size(); ++i)
+      ONNXQ_RETURN_IF_ERROR(GetInput(api, context, first_weight_ + i - 1, &inputs[i]));
+    const InputTensor& x = inputs[0];
+    if (x.shape.empty() || x.shape.back() != k_)
+      return Error(
+          api, name_,
+          "x has shape " + Text(x.shape) + "; its last extent must be " + std::to_string(k_));
+    ONNXQ_RETURN_IF_ERROR(SetArgs(api, inputs, args));
+    const int64_t m = Product(x.shape, x.shape.size() - 1);
+    if (m > INT32_MAX) return Error(api, name_, "x has more than 2^31 rows");
+    args->m = static_cast<int>(m);
+    *shape = x.shape;
+    shape->back() = n_;
+    return nullptr;
+  }
+
   ort::OrtStatus* CheckAttributes(const Api& api, int64_t layout) const {
     const auto refuse = [&](const std::string& cause) { return Error(api, name_, cause); };
     if (layout != 1)
@@ -113,7 +163,8 @@ class PackedProduct {
     std::array<InputTensor, 6> constants;
     for (const size_t i : {size_t{1}, size_t{3}, size_t{4}, size_t{5}}) {
       bool found = false;
-      ONNXQ_RETURN_IF_ERROR(GetConstantInput(api, info, i, &found, &constants[i]));
+      ONNXQ_RETURN_IF_ERROR(
+          GetConstantInput(api, info, first_weight_ + i - 1, &found, &constants[i]));
       if (!found) return nullptr;
     }
     const InputTensor& zeros = constants[3];
@@ -232,8 +283,8 @@ class PackedProduct {
                                                    : cuda::Operands::kNone;
   }
 
-  ort::OrtStatus* Run(const Api& api, ort::OrtKernelContext* context,
-                      const cuda::QuantMatMulArgs& args, const cuda::Outliers& outliers) const {
+  ort::OrtStatus* Run(const Api& api, ort::OrtKernelContext* context, cuda::QuantMatMulArgs args,
+                      const cuda::Outliers& outliers, const int32_t* order) const {
     OnnxqStream stream{};
     ONNXQ_RETURN_IF_ERROR(GetStream(api, context, &stream));
     const auto kind = static_cast<int>(format_.kind);
@@ -244,10 +295,18 @@ class PackedProduct {
               : onnxq_cuda_plan(&args, kind, kElement<type>, 0, &plan);
     ONNXQ_RETURN_IF_ERROR(Check(api, name_, planned));
     Scratch scratch(api);
-    const bool needed = plan.scratch_bytes > 0;
-    const size_t at = needed ? Reserve(&scratch, plan.scratch_bytes) : 0;
-    if (needed) ONNXQ_RETURN_IF_ERROR(scratch.Allocate(allocator_.get()));
-    void* const memory = needed ? scratch.Get<char>(at) : nullptr;
+    constexpr int64_t kBytes = type == float32 ? 4 : 2;
+    const int64_t count = int64_t{args.m} * k_;
+    const size_t gather_at = order != nullptr ? Reserve(&scratch, kBytes * count) : 0;
+    const size_t plan_at = plan.scratch_bytes > 0 ? Reserve(&scratch, plan.scratch_bytes) : 0;
+    if (order != nullptr || plan.scratch_bytes > 0)
+      ONNXQ_RETURN_IF_ERROR(scratch.Allocate(allocator_.get()));
+    if (order != nullptr) {
+      const cuda::GatherArgs gather = {args.x, order, scratch.Get<char>(gather_at), count, args.k};
+      ONNXQ_RETURN_IF_ERROR(Check(api, name_, onnxq_cuda_gather(&gather, kElement<type>, stream)));
+      args.x = gather.y;
+    }
+    void* const memory = plan.scratch_bytes > 0 ? scratch.Get<char>(plan_at) : nullptr;
     return Check(api, name_,
                  rows_ ? onnxq_cuda_dynamic_quant_mat_mul(&args, kind, kElement<type>,
                                                           static_cast<int>(*rows_), format_.unit,
@@ -257,6 +316,7 @@ class PackedProduct {
   }
 
   const char* name_ = "";
+  size_t first_weight_ = 1;
   int64_t k_ = 0;
   int64_t n_ = 0;
   int64_t group_ = 0;
@@ -283,11 +343,8 @@ class QuantMatMul {
 
   static ort::OrtStatus* Create(const Api& api, const ort::OrtKernelInfo* info,
                                 QuantMatMul* kernel) {
-    InputTensor order;
-    bool found = false;
-    ONNXQ_RETURN_IF_ERROR(GetConstantInput(api, info, kOrderInput, &found, &order));
-    if (found) ONNXQ_RETURN_IF_ERROR(CheckOrder(api, order));
-    return kernel->product_.Create(api, info, kName);
+    ONNXQ_RETURN_IF_ERROR(kernel->product_.Create(api, info, kName));
+    return kernel->CheckConstantOrder(api, info);
   }
   static ort::OrtStatus* InferShapes(const Api& api, ort::OrtShapeInferContext* context) {
     return PackedProduct<type>::InferShapes(api, context);
@@ -295,18 +352,33 @@ class QuantMatMul {
   ort::OrtStatus* Compute(const Api& api, ort::OrtKernelContext* context) const {
     InputTensor order;
     ONNXQ_RETURN_IF_ERROR(GetInput(api, context, kOrderInput, &order));
-    ONNXQ_RETURN_IF_ERROR(CheckOrder(api, order));
-    return product_.Compute(api, context, {});
+    if (order.shape == std::vector<int64_t>{1} && product_.k() != 1)
+      return product_.Compute(api, context, {});
+    if (order.shape != std::vector<int64_t>{product_.k()})
+      return Error(api, kName, "order has shape " + Text(order.shape) + ", not [K] or [1]");
+    return product_.Compute(api, context, {}, static_cast<const int32_t*>(order.data));
   }
 
  private:
   static constexpr size_t kOrderInput = 6;
 
-  // Said when the session is made, where the order is a constant: then the body runs.
-  static ort::OrtStatus* CheckOrder(const Api& api, const InputTensor& order) {
-    if (order.shape == std::vector<int64_t>{1}) return nullptr;
-    return Error(api, kName, "the CUDA kernels take no order of columns",
-                 ort::ErrorCode::kNotImplemented);
+  // An order that is no constant cannot be looked at without waiting for the device: the kernel
+  // takes zeros for columns that do not exist.
+  ort::OrtStatus* CheckConstantOrder(const Api& api, const ort::OrtKernelInfo* info) const {
+    InputTensor order;
+    bool found = false;
+    ONNXQ_RETURN_IF_ERROR(GetConstantInput(api, info, kOrderInput, &found, &order));
+    if (!found || order.shape != std::vector<int64_t>{product_.k()}) return nullptr;
+    std::vector<int32_t> columns(static_cast<size_t>(product_.k()));
+    ONNXQ_RETURN_IF_ERROR(
+        product_.CopyToHost(api, order, columns.data(), columns.size() * sizeof(int32_t)));
+    for (const int32_t column : columns) {
+      if (column < 0 || column >= product_.k())
+        return Error(api, kName,
+                     "place " + std::to_string(column) + " of the order is not in 0 to " +
+                         std::to_string(product_.k() - 1));
+    }
+    return nullptr;
   }
 
   PackedProduct<type> product_;
@@ -396,6 +468,43 @@ class DynamicQuantMatMul {
 
   PackedProduct<type> product_;
   float threshold_ = 0;
+};
+
+// Rows that an operator before has quantized; see defs/quant_mat_mul_int8.py.
+template <ElementType type>
+class QuantMatMulInt8 {
+ public:
+  static constexpr const char* kName = "QuantMatMulInt8";
+  // q, q_scale, and QuantMatMul's but for x and the order.
+  static constexpr std::array<ElementType, 7> kInputs = {
+      type,    float32, ElementType::kUint8, ElementType::kUndefined, ElementType::kInt8,
+      float32, float32};
+  static constexpr std::array<ElementType, 1> kOutputs = {float32};
+
+  static ort::OrtStatus* Create(const Api& api, const ort::OrtKernelInfo* info,
+                                QuantMatMulInt8* kernel) {
+    ONNXQ_RETURN_IF_ERROR(kernel->product_.Create(api, info, kName, std::nullopt, 2));
+    if (!kernel->product_.int8_activations())
+      return Error(api, kName, "int8_activations must be 1 or 2");
+    return nullptr;
+  }
+  static ort::OrtStatus* InferShapes(const Api& api, ort::OrtShapeInferContext* context) {
+    return PackedProduct<float16>::InferShapes(api, context, float32);
+  }
+  ort::OrtStatus* Compute(const Api& api, ort::OrtKernelContext* context) const {
+    InputTensor q;
+    InputTensor scale;
+    ONNXQ_RETURN_IF_ERROR(GetInput(api, context, 0, &q));
+    ONNXQ_RETURN_IF_ERROR(GetInput(api, context, 1, &scale));
+    std::vector<int64_t> rows = q.shape;
+    if (!rows.empty()) rows.back() = 1;
+    if (scale.shape != rows)
+      return Error(api, kName, "q_scale has shape " + Text(scale.shape) + ", not " + Text(rows));
+    return product_.ComputeInt8(api, context, static_cast<const float*>(scale.data));
+  }
+
+ private:
+  PackedProduct<float16> product_;
 };
 
 }  // namespace onnxq

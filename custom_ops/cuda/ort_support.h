@@ -14,6 +14,7 @@ namespace onnxq {
 constexpr ElementType float32 = ElementType::kFloat32;
 constexpr ElementType float16 = ElementType::kFloat16;
 constexpr ElementType bfloat16 = ElementType::kBfloat16;
+constexpr ElementType int8 = ElementType::kInt8;
 
 template <ElementType type>
 constexpr int kElement = static_cast<int>(type == float32   ? cuda::Element::kFloat32

@@ -351,6 +351,32 @@ ONNXQ_EXPORT const char* emulate_scale_floats(const QuantMatMulArgs* a, int type
       [&] { ForType(type, [&](auto t) { RunScaleFloats<decltype(t)>(*a, products, scales); }); });
 }
 
+ONNXQ_EXPORT const char* emulate_gather(const GatherArgs* a, int type) {
+  return Guard([&] {
+    ForType(type, [&](auto t) {
+      using Bits = typename decltype(t)::Bits;
+      Memory memory;
+      memory.Input(a->x, a->count * static_cast<int>(sizeof(Bits)));
+      memory.Input(a->order, 4 * a->k);
+      memory.Output(a->y, a->count * static_cast<int>(sizeof(Bits)));
+      RunGrid(&memory, static_cast<int>(CeilDivide(a->count, kRearrangeThreads)), 1, 1,
+              kRearrangeThreads, [&](HostBlock& block) { GatherBody<Bits>(block, *a); });
+      memory.CheckComplete();
+    });
+  });
+}
+
+ONNXQ_EXPORT const char* emulate_widen(const WidenArgs* a) {
+  return Guard([&] {
+    Memory memory;
+    memory.Input(a->q, a->count);
+    memory.Output(a->y, 2 * a->count);
+    RunGrid(&memory, static_cast<int>(CeilDivide(a->count, 4 * kRearrangeThreads)), 1, 1,
+            kRearrangeThreads, [&](HostBlock& block) { WidenBody(block, *a); });
+    memory.CheckComplete();
+  });
+}
+
 // Begin and end of every part, in their order.
 ONNXQ_EXPORT void dynamic_scratch(const QuantMatMulArgs* a, int route, int element_bytes,
                                   const Outliers* o, int64_t* at) {
@@ -484,8 +510,8 @@ int onnxq_cuda_quant_mat_mul(const QuantMatMulArgs* args, int kind, int element,
 // Of the structs that Python mirrors, in the order of the test.
 ONNXQ_EXPORT int struct_bytes(int which) {
   const size_t sizes[] = {
-      sizeof(QuantMatMulArgs), sizeof(PerTokenArgs),      sizeof(HadamardArgs), sizeof(Plan),
-      sizeof(MatrixProduct),   sizeof(QuantizeBlockArgs), sizeof(OutlierArgs),  sizeof(Outliers),
-      sizeof(Float8GroupsArgs)};
+      sizeof(QuantMatMulArgs),  sizeof(PerTokenArgs),      sizeof(HadamardArgs), sizeof(Plan),
+      sizeof(MatrixProduct),    sizeof(QuantizeBlockArgs), sizeof(OutlierArgs),  sizeof(Outliers),
+      sizeof(Float8GroupsArgs), sizeof(GatherArgs),        sizeof(WidenArgs)};
   return static_cast<int>(sizes[which]);
 }

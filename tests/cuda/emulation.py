@@ -15,6 +15,7 @@ from onnxq.custom_ops.cuda_calls import (
     Activations,
     ElementType,
     Float8GroupsArgs,
+    GatherArgs,
     HadamardArgs,
     Operands,
     OutlierArgs,
@@ -25,6 +26,7 @@ from onnxq.custom_ops.cuda_calls import (
     QuantMatMulArgs,
     Route,
     WeightKind,
+    WidenArgs,
     scale_type,
 )
 from onnxq.custom_ops.defs import quant_mat_mul
@@ -41,6 +43,8 @@ _EMULATED = (
         "scale_integers",
         "float8_groups",
         "scale_floats",
+        "gather",
+        "widen",
     ),
 )
 ALIGNMENT = 256  # of what cudaMalloc gives
@@ -199,6 +203,20 @@ class Emulation:
         if code != 0 or not (scratch[plan.scratch_bytes :] == 0xFF).all():
             raise RuntimeError(f"the launch broke (code {code}) or wrote behind its scratch memory")
         return call.y, Route(plan.route)
+
+    def gather(self, x: Array, order: Array) -> Array:
+        """``x[:, order]`` of ``[M, K]``."""
+        x, order, y = aligned(x), aligned(order.astype(np.int32)), aligned(np.zeros_like(x))
+        args = GatherArgs(x.ctypes.data, order.ctypes.data, y.ctypes.data, x.size, x.shape[1])
+        self._check(self._handle.emulate_gather(ctypes.byref(args), int(ELEMENT_TYPES[x.dtype])))
+        return y
+
+    def widen(self, q: Array) -> Array:
+        """INT8 as float16."""
+        q, y = aligned(q), aligned(np.zeros(q.shape, np.float16))
+        args = WidenArgs(q.ctypes.data, y.ctypes.data, q.size)
+        self._check(self._handle.emulate_widen(ctypes.byref(args)))
+        return y
 
     def integer_product(
         self, q: Array, packed: PackedWeight, row_scale: Array, dtype: np.dtype[Any], *, sums: bool

@@ -38,6 +38,8 @@ REGISTERS = {
     "ColumnScales": 32,
     "ScaleFloats": 32,
     "Float8Groups": 40,
+    "Gather": 32,
+    "Widen": 32,
     "ScaleIntegers": 32,
     "FindOutliers": 40,
     "OrderColumns": 40,

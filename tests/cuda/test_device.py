@@ -317,6 +317,8 @@ def test_operators_in_onnxruntime() -> None:
         if kernel.provider != "CUDA" or kernel.dtype == "bfloat16":
             continue
         for case in CASES[kernel.op](kernel.dtype):
+            if case.attributes.get("int8_activations") == 2:
+                continue  # has no CUDA kernel: docs/cuda.md
             made = session(model_of(kernel.op, case), ["cuda", "cpu"], library=True)
             expected = case.reference(kernel.op)
             for got, wanted in zip(made.run(None, case.inputs), expected, strict=True):

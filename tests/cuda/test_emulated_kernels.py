@@ -20,6 +20,7 @@ from onnxq import custom_ops
 from onnxq.custom_ops.block_format import block_attributes
 from onnxq.custom_ops.cuda_calls import (
     Float8GroupsArgs,
+    GatherArgs,
     HadamardArgs,
     MatrixProduct,
     OutlierArgs,
@@ -30,6 +31,7 @@ from onnxq.custom_ops.cuda_calls import (
     QuantMatMulArgs,
     Route,
     WeightKind,
+    WidenArgs,
 )
 from onnxq.custom_ops.packed_weight import PackedWeight
 from onnxq.formats import parse_format
@@ -206,7 +208,7 @@ def test_every_code_decodes_exactly(emulation: Emulation, dtype: np.dtype[Any]) 
 def test_structs_are_those_of_the_c_interface(emulation: Emulation) -> None:
     mirrored = (
         *(QuantMatMulArgs, PerTokenArgs, HadamardArgs, Plan, MatrixProduct, QuantizeBlockArgs),
-        *(OutlierArgs, Outliers, Float8GroupsArgs),
+        *(OutlierArgs, Outliers, Float8GroupsArgs, GatherArgs, WidenArgs),
     )
     for which, struct in enumerate(mirrored):
         assert ctypes.sizeof(struct) == emulation.struct_bytes(which), struct
@@ -274,6 +276,37 @@ def test_hadamard_quantize(emulation: Emulation, dtype: np.dtype[Any]) -> None:
         q, scales = emulation.hadamard(rows, core, a["block"], scale, group=a["group"])
         assert same_bits(q, expected_q), a
         assert same_numbers(scales, expected_scales), a
+
+
+@pytest.mark.parametrize("dtype", [np.dtype(np.float32), *TYPES], ids=str)
+def test_columns_in_another_order(emulation: Emulation, dtype: np.dtype[Any]) -> None:
+    rng = np.random.default_rng(6)
+    for m, k in ((1, 1), (3, 37), (70, 64)):
+        x, order = activations(m, k, dtype), rng.permutation(k)
+        assert same_bits(emulation.gather(x, order), x[:, order])
+    wrong = np.array([-1, 2, 3])  # columns that do not exist
+    assert not emulation.gather(np.ones((2, 3), dtype), wrong)[:, [0, 2]].any()
+
+
+def test_int8_as_float16(emulation: Emulation) -> None:
+    """Every number, at every rest by four; the products of INT8 rows read them so."""
+    every = np.arange(-128, 128).astype(np.int8)
+    for count in (1, 3, 4, 255, 256):
+        assert same_bits(emulation.widen(every[-count:]), every[-count:].astype(np.float16))
+    reference = custom_ops.get("QuantMatMulInt8").reference
+    packed = weight("int4", 40, 128, 32)
+    rng = np.random.default_rng(8)
+    q = rng.integers(-127, 128, size=(9, 128)).astype(np.int8)
+    scale = rng.uniform(0.1, 1, size=(9, 1)).astype(np.float32)
+    weights = [array for name, array in packed.inputs.items() if name != "order"]
+    attributes = {**packed.attributes, "int8_activations": 1}
+    (expected,) = reference(q, scale, *weights, **attributes)
+    for route, tiles in ((Route.GEMV, 0), (Route.TILE, 2), (Route.ANY, 0)):
+        y = emulation.quant_mat_mul(
+            emulation.widen(q), packed, route, row_tiles=tiles, row_scale=scale[:, 0], sums=True
+        )
+        _, size = exact(q.astype(np.float64) * scale, packed)
+        assert (np.abs(y - expected) <= ERROR_BUDGET * 2 * (4 + np.sqrt(128)) * size).all()
 
 
 def args_of(m: int, n: int, k: int, group: int) -> QuantMatMulArgs:
