@@ -519,7 +519,8 @@ def random_case(op_name: str, dtype: str, rng: np.random.Generator) -> Case:
     if outliers or quantized:
         del constants["order"]
     if quantized:
-        q, scale = quantize_groups(x.astype(np.float32), min(group, k) if int8 == 2 else k)
+        size = int(attributes["group"]) if int8 == 2 else k
+        q, scale = quantize_groups(x.astype(np.float32), size)
         return Case(name, {"q": q, "q_scale": scale}, constants, attributes)
     x = x.astype(dtype)
     if outliers:
