@@ -66,14 +66,16 @@ def onnxq_run(options: Options) -> dict[str, Any]:
 
 
 def onnxq_passes(options: Options) -> dict[str, Any]:
-    """Passes alone, without checks of the output: ``model``, ``passes``, ``out``, ``feeds``."""
+    """Passes alone, without checks: ``model``, ``passes``, ``out``, ``feeds``, ``target``."""
     import onnxq
     from onnxq.calibration.data import open_data
     from onnxq.graph import io
 
     model = io.load(options["model"])
     data = open_data(options["feeds"], model) if options.get("feeds") else None
-    result = onnxq.Pipeline(options["passes"]).run(model, data=data, verify=False)
+    target = options.get("target", "cpu")
+    pipeline = onnxq.Pipeline(options["passes"])
+    result = pipeline.run(model, data=data, verify=False, target=target)
     io.save(result.model, options["out"])
     return {"changed": sum(len(step.report.changed) for step in result.reports)}
 

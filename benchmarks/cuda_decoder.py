@@ -115,25 +115,31 @@ class Decoder:
 
 def build(folder: Path, *, quick: bool) -> dict[str, Path]:
     """The model in float16 and its quantized forms."""
-    made, base = folder / "built.onnx", folder / f"{BASE}.onnx"
-    settings = {"kv_cache": "true", "dtype": "float16"}
-    options: dict[str, Any] = {"name": "smollm2-135m", "out": made, "settings": settings}
+    options: dict[str, Any] = {"name": "smollm2-135m"}
+    half = {"kv_cache": "true", "dtype": "float16"}
     if quick:
         checkpoint = common.shared_folder() / "data" / "stories260k"
-        options.update(name="stories260k", checkpoint=str(checkpoint))
-        options["settings"] = {"kv_cache": "true"}
-    jobs: list[tuple[str, dict[str, Any]]] = [
-        ("build_model", options),
-        ("onnxq_passes", {"model": made, "passes": PREPARED, "out": base}),
-    ]
-    paths = {BASE: base}
+        options = {"name": "stories260k", "checkpoint": str(checkpoint)}
+        half = {"kv_cache": "true"}
+    jobs: list[tuple[str, dict[str, Any]]] = []
+    bases = {}
+    # Passes quantize float32 layers; with the target they write products of float16.
+    for name, settings in ((BASE, half), ("float", {"kv_cache": "true"})):
+        built, bases[name] = folder / f"{name}-built.onnx", folder / f"{name}.onnx"
+        jobs.append(("build_model", {**options, "out": built, "settings": settings}))
+        prepared = {"model": built, "passes": PREPARED, "out": bases[name]}
+        jobs.append(("onnxq_passes", prepared))
+    paths = {BASE: bases[BASE]}
     for name, _, passes in CASES:
         paths[name] = folder / f"{name}.onnx"
-        jobs.append(("onnxq_passes", {"model": base, "passes": passes, "out": paths[name]}))
+        given = {"model": bases["float"], "passes": passes, "out": paths[name], "target": "cuda"}
+        jobs.append(("onnxq_passes", given))
     for job, given in jobs:
         done = common.run_job(job, **given)
         if done.error:
             raise SystemExit(f"{given['out']} cannot be built: {done.error}")
+        if "target" in given and not done.result["changed"]:
+            raise SystemExit(f"{given['out']}: no layer was quantized")
     return paths
 
 

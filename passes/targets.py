@@ -52,6 +52,8 @@ class Target:
         embedding: how tables in 8 bits are read.
         static_shapes: all inputs must have fixed dimensions.
         float8: it takes tensors of 8-bit floats.
+        float16_products: its packed products are made for float16 activations: `pack` casts
+            around them.
         float8_products: it multiplies FP8 activations by FP8 weights: `pack` keeps both in one
             operator.
         needs: an operator that the model must have, as ``domain::type``.
@@ -72,6 +74,7 @@ class Target:
     embedding: EmbeddingForm = "rows"
     static_shapes: bool = False
     float8: bool = True
+    float16_products: bool = False
     float8_products: bool = False
     needs: str = ""
 
@@ -202,6 +205,7 @@ TARGETS: Final[dict[str, Target]] = {
             "cuda",
             "onnxruntime's CUDA provider: as cpu, and products of FP4 and FP8 weights",
             forms=(*ALL_FORMS, "block-scaled"),
+            float16_products=True,
             float8_products=True,
         ),
         Target("web-wasm", "onnxruntime-web, WebAssembly provider"),

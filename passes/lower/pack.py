@@ -139,7 +139,7 @@ class Pack(Pass):
                             linear.in_features,
                             site.activation,
                         )
-                    node = _replace(model, linear, op, packed, self.outliers)
+                    node = _replace(model, linear, op, packed, self.outliers, ctx.target)
                     if op == OP and value_dtype(linear.weight) == ir.DataType.FLOAT:
                         products.append(node)
                     del left.sites[site.site]
@@ -231,7 +231,12 @@ def _is_e4m3(levels: np.ndarray) -> bool:
 
 
 def _replace(
-    model: ir.Model, linear: Linear, op: str, packed: PackedWeight, outliers: float
+    model: ir.Model,
+    linear: Linear,
+    op: str,
+    packed: PackedWeight,
+    outliers: float,
+    target: Target,
 ) -> ir.Node:
     """Put the packed product in the layer's place."""
     graph = model.graph
@@ -250,17 +255,34 @@ def _replace(
         add_initializer(graph, names.fresh(f"{linear.name}_{name}"), array)
         for name, array in inputs.items()
     ]
+    nodes = []
+    floats = value_dtype(linear.weight) == ir.DataType.FLOAT
+    if target.float16_products and x is not None and floats:
+        nodes.append(_cast(x, ir.DataType.FLOAT16, names.fresh(f"{linear.name}_narrow")))
+        x = nodes[0].outputs[0]
     node = custom_ops.make_node(
         op, [x, *constants], attributes, name=names.fresh(f"{linear.name}_{op}")
     )
     out = node.outputs[0]
     out.name = names.fresh(f"{linear.name}_{op}_output")
     out.type, out.shape = linear.output.type, linear.output.shape
-    insert_before(linear.node, node)
+    if nodes:
+        out.type = ir.TensorType(ir.DataType.FLOAT16)
+        wide = _cast(out, ir.DataType.FLOAT, names.fresh(f"{linear.name}_wide"))
+        nodes += [node, wide]
+        out = wide.outputs[0]
+    insert_before(linear.node, nodes or node)
     replace_value(linear.output, out)
     if linear.bias_add is not None:
         graph.remove(linear.bias_add, safe=True)
     graph.remove(linear.node, safe=True)
+    return node
+
+
+def _cast(x: ir.Value, to: ir.DataType, name: str) -> ir.Node:
+    node = ir.node("Cast", [x], {"to": to}, name=name)
+    node.outputs[0].name = f"{name}_output"
+    node.outputs[0].type, node.outputs[0].shape = ir.TensorType(to), x.shape
     return node
 
 
