@@ -39,7 +39,14 @@ from onnxq.custom_ops.packed_weight import (
     takes_int8,
 )
 from onnxq.errors import InternalError, SpecError, UnsupportedError
-from onnxq.graph.edit import Names, add_initializer, insert_before, remove_dead, replace_value
+from onnxq.graph.edit import (
+    Names,
+    add_initializer,
+    insert_after,
+    insert_before,
+    remove_dead,
+    replace_value,
+)
 from onnxq.graph.match import Linear, analyze
 from onnxq.graph.match.values import value_dtype
 from onnxq.passes.contract import Context, Pass, PassReport
@@ -139,16 +146,21 @@ class Pack(Pass):
                             linear.in_features,
                             site.activation,
                         )
-                    node = _replace(model, linear, op, packed, self.outliers, ctx.target)
-                    if op == OP and value_dtype(linear.weight) == ir.DataType.FLOAT:
+                    node = _replace(model, linear, op, packed, self.outliers)
+                    if value_dtype(linear.weight) == ir.DataType.FLOAT:
                         products.append(node)
                     del left.sites[site.site]
                     report.change(site.site, _describe(site, op, packed, self.outliers))
                     continue
             report.skip(site.site, f"{reason}; left in the plan for `qdq`")
-        if self.fuse_rotations and ctx.target.name != "cuda":
-            for name in quantize_rotations(model, products):
+        if self.fuse_rotations:
+            plain = [node for node in products if node.op_type == OP]
+            for name in quantize_rotations(model, plain):
                 report.change(name, "HadamardQuantize: rotates and quantizes in one pass")
+        if ctx.target.float16_products:
+            for node in products:
+                if node.graph is not None:  # not fused
+                    _take_float16(model.graph, node)
         if report.changed:
             remove_dead(model.graph)
             forget_shapes(model)
@@ -236,7 +248,6 @@ def _replace(
     op: str,
     packed: PackedWeight,
     outliers: float,
-    target: Target,
 ) -> ir.Node:
     """Put the packed product in the layer's place."""
     graph = model.graph
@@ -255,28 +266,31 @@ def _replace(
         add_initializer(graph, names.fresh(f"{linear.name}_{name}"), array)
         for name, array in inputs.items()
     ]
-    nodes = []
-    floats = value_dtype(linear.weight) == ir.DataType.FLOAT
-    if target.float16_products and x is not None and floats:
-        nodes.append(_cast(x, ir.DataType.FLOAT16, names.fresh(f"{linear.name}_narrow")))
-        x = nodes[0].outputs[0]
     node = custom_ops.make_node(
         op, [x, *constants], attributes, name=names.fresh(f"{linear.name}_{op}")
     )
     out = node.outputs[0]
     out.name = names.fresh(f"{linear.name}_{op}_output")
     out.type, out.shape = linear.output.type, linear.output.shape
-    if nodes:
-        out.type = ir.TensorType(ir.DataType.FLOAT16)
-        wide = _cast(out, ir.DataType.FLOAT, names.fresh(f"{linear.name}_wide"))
-        nodes += [node, wide]
-        out = wide.outputs[0]
-    insert_before(linear.node, nodes or node)
+    insert_before(linear.node, node)
     replace_value(linear.output, out)
     if linear.bias_add is not None:
         graph.remove(linear.bias_add, safe=True)
     graph.remove(linear.node, safe=True)
     return node
+
+
+def _take_float16(graph: ir.Graph, node: ir.Node) -> None:
+    """Casts around a product."""
+    names, (x, out) = Names(graph), (node.inputs[0], node.outputs[0])
+    assert x is not None
+    narrow = _cast(x, ir.DataType.FLOAT16, names.fresh(f"{node.name}_narrow"))
+    insert_before(node, narrow)
+    node.replace_input_with(0, narrow.outputs[0])
+    wide = _cast(out, ir.DataType.FLOAT, names.fresh(f"{node.name}_wide"))
+    insert_after(node, wide)
+    replace_value(out, wide.outputs[0], except_nodes=[wide])
+    out.type = ir.TensorType(ir.DataType.FLOAT16)
 
 
 def _cast(x: ir.Value, to: ir.DataType, name: str) -> ir.Node:

@@ -319,6 +319,16 @@ def test_products_for_cuda_take_float16(assign: Assign) -> None:
     assert h.relative_error(got, with_kernels(after)) < HALF_ERROR
 
 
+def test_rotations_for_cuda_are_fused_too_and_take_no_casts() -> None:
+    """What stays a QuantMatMul beside them takes float16."""
+    fused = h.ops(h.apply(rotated_model("z = MatMul(x, w2)"), W4, Pack(), target="cuda").model)
+    assert (fused["HadamardQuantize"], fused["QuantMatMulInt8"]) == (1, 2)
+    assert "Cast" not in fused
+    pack = Pack(fuse_rotations=False)
+    apart = h.ops(h.apply(rotated_model("z = MatMul(x, w2)"), W4, pack, target="cuda").model)
+    assert (apart["Hadamard"], apart["QuantMatMul"], apart["Cast"]) == (1, 2, 4)
+
+
 @pytest.mark.parametrize(
     ("activations", "weights"), [("fp8e5m2", "fp8e4m3"), ("fp8e4m3", "int8"), ("int8", "int8")]
 )
