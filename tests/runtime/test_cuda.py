@@ -160,8 +160,9 @@ def test_cuda_first_without_cuda_runs_on_the_cpu(caplog: pytest.LogCaptureFixtur
     assert np.all(np.abs(y - exact) <= budget)
 
 
-@pytest.mark.parametrize("op", sorted({k.op for k in custom_ops.kernels() if k.provider == "CUDA"}))
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(("op", "dtype"), sorted(
+    (k.op, k.dtype) for k in custom_ops.kernels() if k.provider == "CUDA" and k.dtype != "bfloat16"
+))  # fmt: skip
 def test_every_operator_of_cuda_runs_without_it(
     op: str, dtype: str, caplog: pytest.LogCaptureFixture
 ) -> None:
