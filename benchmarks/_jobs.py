@@ -249,11 +249,13 @@ def ort_gptq(options: Options) -> None:
 def olive_w4(options: Options) -> None:
     """Olive's weight-only passes: ``model``, ``out``; ``method``: ``rtn``, ``hqq`` or ``kquant``.
 
-    ``block`` (32), ``exclude``: nodes that stay float.
+    ``block`` (32), ``exclude``: nodes that stay float; so do embedding tables, which Olive would
+    round with the rest.
     """
     import importlib
     import shutil
 
+    import onnx
     from olive.model import ONNXModelHandler
     from olive.passes.olive_pass import create_pass_from_dict
 
@@ -263,9 +265,11 @@ def olive_w4(options: Options) -> None:
         "kquant": ("kquant_quantization", "OnnxKQuantQuantization"),
     }[options["method"]]
     owner = getattr(importlib.import_module(f"olive.passes.onnx.{module}"), name)
+    graph = onnx.load(options["model"], load_external_data=False).graph
+    tables = [node.name for node in graph.node if node.op_type == "Gather"]
     settings = {
         "block_size": options.get("block", 32),
-        "nodes_to_exclude": options.get("exclude", []),
+        "nodes_to_exclude": [*options.get("exclude", []), *tables],
     }
     made = create_pass_from_dict(owner, settings, disable_search=True)
     done = made.run(ONNXModelHandler(str(options["model"])), str(Path("olive").resolve()))

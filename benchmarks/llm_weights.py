@@ -130,7 +130,17 @@ def configurations() -> Iterator[Configuration]:
         yield Configuration(
             f"rtn-{fmt}", f"onnxq RTN, {fmt}", weights(fmt), peers=peers, decoded=True
         )
-    for fmt in ("mxfp6e2m3", "fp8e4m3", "mxint8", "nvfp4-46"):
+    for fmt, windows in (("mxfp6e2m3", 32), ("mxint8", CALIBRATION)):
+        yield Configuration(
+            f"awq-seq-gptq-{fmt}",
+            f"onnxq AWQ (duo), sequential GPTQ, {fmt}",
+            f"calibrate, awq-scale{{duo=true steps=2}}, {weights(fmt)}",
+            "sequential",
+            peers=("fp32", f"rtn-{fmt}", f"seq-gptq-{fmt}"),
+            calibration=windows,
+            decoded=True,
+        )
+    for fmt in ("mxfp6e2m3", "fp8e4m3", "mxint8", "mxfp4", "nvfp4-46"):
         yield Configuration(
             f"seq-gptq-{fmt}",
             f"onnxq sequential GPTQ, {fmt}",
