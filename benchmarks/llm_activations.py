@@ -143,7 +143,14 @@ def _token() -> list[Case]:
         ("smooth-rot", "smooth-rot + R1 R2"),
         ("learned", "smooth-rot + learned R1 R2"),
     )
-    return [Case(f"token-{t}", label, passes, t, "token") for t, label in rows]
+    blocks = "assign{mode=per-token weights=int8 block=32}"
+    solved = f"{blocks}, {SOLVER}, qdq"
+    best = "smooth-quant + R1 R2 R4, weights in blocks of 32"
+    return [
+        *(Case(f"token-{t}", label, passes, t, "token") for t, label in rows),
+        Case("token-blocks", f"{best}, RTN", f"{blocks}, qdq", "smooth-quarot", "token"),
+        Case("token-best", f"{best}, GPTAQ", solved, "smooth-quarot", "token", 16),
+    ]
 
 
 def _w4() -> list[Case]:

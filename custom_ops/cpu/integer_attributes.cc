@@ -43,7 +43,8 @@ int64_t IntegerAttributes::Get(const char* name, int64_t low, int64_t high) {
   if (status_ == nullptr && (value < low || value > high))
     Refuse(std::string(name) + " = " + std::to_string(value) + " is not from " +
            std::to_string(low) + " to " + std::to_string(high));
-  return value;
+  // What is refused is read on, with a number that nothing overflows with.
+  return status_ == nullptr ? value : low;
 }
 
 Polynomial IntegerAttributes::GetPolynomial(int32_t extent, int64_t limit, bool positive) {
