@@ -11,10 +11,10 @@ import numpy as np
 
 from onnxq.custom_ops.cuda_calls import (
     MATRIX_WORKSPACE,
-    Activations,
     CudaKernels,
     ElementType,
     Float8GroupsArgs,
+    Float8ProductArgs,
     HadamardArgs,
     MatrixProduct,
     MatrixType,
@@ -142,7 +142,6 @@ class Device:
         self,
         x: Any,
         weight: Weight,
-        activations: Activations = Activations.INT8,
         *,
         named: Any = None,
         threshold: float = 0.0,
@@ -157,14 +156,12 @@ class Device:
         outliers = Outliers(threshold=threshold)
         if named is not None:
             outliers.named, outliers.named_count = named.data_ptr(), named.shape[0]
-        plan = self.kernels.dynamic_plan(
-            args, kind, element, outliers, operands=weight.operands(activations)
-        )
+        plan = self.kernels.dynamic_plan(args, kind, element, outliers, operands=weight.operands())
         scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8, device="cuda")
 
         def run() -> None:
             self.kernels.dynamic_quant_mat_mul(
-                *(args, kind, element, activations, weight.unit, outliers, plan),
+                *(args, kind, element, weight.unit, outliers, plan),
                 *(scratch.data_ptr(), self.stream()),
             )
 
@@ -199,6 +196,25 @@ class Device:
             self.kernels.float8_groups(args, element_of(x), stream=self.stream())
 
         return run, q, scale
+
+    def float8_product(
+        self, x: Any, weights: Any, scales: Any, block: int
+    ) -> tuple[Callable[[], None], Any]:
+        """DynamicFloat8MatMul: rows of x are rounded on the way; weights are plain FP8."""
+        import torch
+
+        y = torch.full((x.shape[0], weights.shape[0]), float("nan"), dtype=x.dtype, device="cuda")
+        args = Float8ProductArgs(
+            *(x.data_ptr(), weights.data_ptr(), scales.data_ptr(), None, y.data_ptr(), None, None),
+            *(x.shape[0], *weights.shape, block, 0),
+        )
+        size = self.kernels.float8_scratch(args)
+        scratch = torch.empty(size, dtype=torch.uint8, device="cuda")
+
+        def run() -> None:
+            self.kernels.float8_mat_mul(args, element_of(x), scratch.data_ptr(), self.stream())
+
+        return run, y
 
     def hadamard(
         self, x: Any, core: Any, block: int, scale: float, *, group: int | None = None
@@ -271,11 +287,9 @@ class Weight:
         self.int8_levels = is_int8(packed.inputs["levels"])
         self.has_bias = bool(packed.inputs["bias"].any())
 
-    def operands(self, activations: Activations) -> Operands:
+    def operands(self) -> Operands:
         """What both operands can be stored as."""
-        if activations == Activations.INT8:
-            return Operands.INT8 if self.int8_levels else Operands.NONE
-        return Operands.FLOAT8 if self.kind == WeightKind.E4M3 else Operands.NONE
+        return Operands.INT8 if self.int8_levels else Operands.NONE
 
     @property
     def stored_bytes(self) -> int:

@@ -22,6 +22,7 @@ H200.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -121,30 +122,26 @@ def _against(name: str, other: float, ours: float) -> dict[str, Any]:
 
 
 def dynamic_products(device: Device, *, quick: bool) -> Iterator[dict[str, Any]]:
-    """Rows quantized on the way, to INT8 (with and without outliers) and to FP8; packed weights."""
+    """Rows quantized on the way, to INT8, with and without outliers; packed weights."""
     import torch
 
     rng = np.random.default_rng()
     cases = (
-        ("int8 rows x packed int8", "int8", Activations.INT8, 0.0),
-        ("the same, outliers from 6 on", "int8", Activations.INT8, 6.0),
-        ("fp8 rows x packed fp8", "fp8", Activations.FLOAT8, 0.0),
+        ("int8 rows x packed int8", 0.0),
+        ("the same, outliers from 6 on", 6.0),
     )
     for k, n in shapes(quick=quick):
         half = [torch.randn(n, k, device="cuda", dtype=torch.float16)]
         half += [half[0].clone() for _ in range(copies(half[0].nbytes) - 1)]
-        for case, kind, activations, threshold in cases:
-            packed = weight_of(kind, k, n, rng)
+        packed = weight_of("int8", k, n, rng)
+        for case, threshold in cases:
             weight = Weight(device, packed)
             weights = [weight, *(weight.copy() for _ in range(copies(weight.stored_bytes) - 1))]
             matrix = plain_matrix(packed)
             for m in (*few_rows(quick=quick), *many_rows(quick=quick)):
                 x = torch.randn(m, k, device="cuda").half()
                 x[:, 7] *= 10 if threshold > 0 else 1
-                runs = [
-                    device.dynamic_product(x, one, activations, threshold=threshold)
-                    for one in weights
-                ]
+                runs = [device.dynamic_product(x, one, threshold=threshold) for one in weights]
                 runs[-1][0]()
                 torch.cuda.synchronize()
                 ours = time_graph([run for run, _ in runs])
@@ -154,17 +151,12 @@ def dynamic_products(device: Device, *, quick: bool) -> Iterator[dict[str, Any]]
                     "case": case, "M": m, "K": k, "N": n, "unit": "us", "ours": ours,
                     "gbps": (weight.stored_bytes + 2 * m * (k + n)) / ours / 1e3,
                     "tflops": 2.0 * m * k * n / ours / 1e6, "stored": weight.stored_bytes,
-                    "error": rounding_error(runs[-1][1], x, matrix, activations),
+                    "error": rounding_error(runs[-1][1], x, matrix, Activations.INT8),
                 }  # fmt: skip
                 yield {**row, **_against(CUBLAS, time_graph(fp16), ours)}
                 if m >= min(MANY_ROWS):
-                    if activations == Activations.FLOAT8:
-                        yield {**row, **_against(FP8_ALONE, cublaslt_fp8(x, k, n), ours)}
-                        for name, other in peers("fp8", x, k, n):
-                            yield {**row, **_against(name, other, ours)}
-                    else:
-                        other = cublas_int8(m, k, n)
-                        yield {**row, **_against("cuBLAS INT8 to int32, no scales", other, ours)}
+                    other = cublas_int8(m, k, n)
+                    yield {**row, **_against("cuBLAS INT8 to int32, no scales", other, ours)}
 
 
 def rounding_error(y: Any, x: Any, matrix: Any, activations: Activations) -> float:
@@ -220,6 +212,42 @@ def fp8_products(device: Device, *, quick: bool) -> Iterator[dict[str, Any]]:
                 }  # fmt: skip
                 yield {**row, **_against(FP8_ALONE, alone, ours)}
                 yield {**row, **_against(BF16, bf16, ours)}
+
+
+def float8_products(device: Device, *, quick: bool) -> Iterator[dict[str, Any]]:
+    """DynamicFloat8MatMul: rows rounded to FP8 on the way, with one scale or one for each 128."""
+    import torch
+
+    for k, n in shapes(quick=quick):
+        w = torch.randn(n, k, device="cuda").to(torch.float8_e4m3fn)
+        ws = [w, *(w.clone() for _ in range(copies(n * k) - 1))]
+        wide = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16)]
+        wide += [wide[0].clone() for _ in range(copies(wide[0].nbytes) - 1)]
+        for m, block in itertools.product(
+            (*few_rows(quick=quick), *many_rows(quick=quick)), (0, 128)
+        ):
+            x = torch.randn(m, k, device="cuda").to(torch.bfloat16)
+            scales = fp8_scales(m, k, n, block)
+            weights_scales = scales.columns if block else scales.columns.reshape(n, 1)
+            runs = [device.float8_product(x, one, weights_scales, block) for one in ws]
+            runs[-1][0]()
+            torch.cuda.synchronize()
+            ours = time_graph([run for run, _ in runs])
+            _, matrix = scales.apply(torch.zeros(m, k, device="cuda").double(), w.double())
+            row = {
+                "case": "fp8 rows x fp8 128-block" if block else "fp8 rows x fp8",
+                "M": m, "K": k, "N": n, "unit": "us", "ours": ours,
+                "gbps": (n * k + 2 * m * (k + n)) / ours / 1e3,
+                "tflops": 2.0 * m * k * n / ours / 1e6,
+                "error": rounding_error(runs[-1][1], x, matrix, Activations.FLOAT8),
+            }  # fmt: skip
+            y = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
+            bf16 = [lambda w=w, x=x, y=y: torch.matmul(x, w.T, out=y) for w in wide]
+            yield {**row, **_against(BF16, time_graph(bf16), ours)}
+            if m >= min(MANY_ROWS):
+                yield {**row, **_against(FP8_ALONE, cublaslt_fp8(x, k, n), ours)}
+                for name, other in peers("fp8", x.half(), k, n) if not block else ():
+                    yield {**row, **_against(name, other, ours)}
 
 
 def rows_kernels(device: Device, *, quick: bool) -> Iterator[dict[str, Any]]:
@@ -287,7 +315,7 @@ def _share(got: Any, exact: Any, budget: Any) -> float:
     return float(torch.nan_to_num(((got - exact).abs() / budget).max(), nan=float("inf")))
 
 
-WORK = (products, dynamic_products, fp8_products, rows_kernels)
+WORK = (products, dynamic_products, fp8_products, float8_products, rows_kernels)
 
 
 def plan(*, quick: bool) -> list[str]:

@@ -47,7 +47,6 @@ class Route(IntEnum):
     TILE = 2
     EXPAND = 3
     INTEGER = 4
-    FLOAT8 = 5
 
 
 class Operands(IntEnum):
@@ -55,7 +54,6 @@ class Operands(IntEnum):
 
     NONE = 0
     INT8 = 1
-    FLOAT8 = 2
 
 
 class Activations(IntEnum):
@@ -117,6 +115,16 @@ class Float8GroupsArgs(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "q", "scale")),
         ("rows", ctypes.c_int64),
         *((name, ctypes.c_int) for name in ("k", "group")),
+    )
+
+
+class Float8ProductArgs(ctypes.Structure):
+    """``Float8ProductArgs`` of ``float8_product.h``; ``q`` and ``x_scales`` are the launch's."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "weights", "scales", "bias", "y")),
+        *((name, ctypes.c_void_p) for name in ("q", "x_scales")),
+        *((name, ctypes.c_int) for name in ("m", "n", "k", "block", "bias_stride")),
     )
 
 
@@ -251,6 +259,7 @@ class CudaKernels:
     def __init__(self, path: Path) -> None:
         self._handle = ctypes.CDLL(str(path))
         self._handle.onnxq_cuda_error_text.restype = ctypes.c_char_p
+        self._handle.onnxq_cuda_float8_scratch.restype = ctypes.c_int64
         self._check(self._handle.onnxq_cuda_prepare())
 
     def classify(
@@ -311,18 +320,17 @@ class CudaKernels:
         args: QuantMatMulArgs,
         kind: WeightKind,
         element: ElementType,
-        activations: Activations,
         unit: float,
         outliers: Outliers,
         plan: Plan,
         scratch: int,
         stream: int,
     ) -> None:
-        """Run such a plan; ``scratch`` holds ``plan.scratch_bytes``."""
+        """Run such a plan, rows in INT8; ``scratch`` holds ``plan.scratch_bytes``."""
         self._check(
             self._handle.onnxq_cuda_dynamic_quant_mat_mul(
-                *(ctypes.byref(args), int(kind), int(element), int(activations)),
-                *(ctypes.c_float(unit), ctypes.byref(outliers), ctypes.byref(plan)),
+                *(ctypes.byref(args), int(kind), int(element), ctypes.c_float(unit)),
+                *(ctypes.byref(outliers), ctypes.byref(plan)),
                 *(ctypes.c_void_p(scratch), ctypes.c_void_p(stream)),
             )
         )
@@ -360,7 +368,7 @@ class CudaKernels:
         floats: bool,
         stream: int,
     ) -> None:
-        """Quantize rows; to numbers in the type of x with ``floats``."""
+        """Quantize rows; INT8 in the type of x with ``floats``."""
         self._check(
             self._handle.onnxq_cuda_per_token(
                 *(ctypes.byref(args), rows, int(element), int(activations), int(floats)),
@@ -373,6 +381,21 @@ class CudaKernels:
         self._check(
             self._handle.onnxq_cuda_float8_groups(
                 ctypes.byref(args), int(element), ctypes.c_void_p(stream)
+            )
+        )
+
+    def float8_scratch(self, args: Float8ProductArgs) -> int:
+        """Bytes that such a product needs."""
+        return int(self._handle.onnxq_cuda_float8_scratch(ctypes.byref(args)))
+
+    def float8_mat_mul(
+        self, args: Float8ProductArgs, element: ElementType, scratch: int, stream: int
+    ) -> None:
+        """Round rows of x to FP8 and multiply them by plain FP8 weights."""
+        self._check(
+            self._handle.onnxq_cuda_float8_mat_mul(
+                *(ctypes.byref(args), int(element)),
+                *(ctypes.c_void_p(scratch), ctypes.c_void_p(stream)),
             )
         )
 

@@ -121,20 +121,9 @@ ONNXQ_CUDA_EXPORT int onnxq_cuda_plan(const QuantMatMulArgs* args, int kind, int
   status = static_cast<int>(
       cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   if (status != 0) return status;
-  int major = 0;
-  int minor = 0;
-  status =
-      static_cast<int>(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  if (status != 0) return status;
-  status =
-      static_cast<int>(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  if (status != 0) return status;
-  // Tensor cores multiply FP8 from Ada on.
-  auto usable = static_cast<Operands>(operands);
-  if (usable == Operands::kFloat8 && 10 * major + minor < 89) usable = Operands::kNone;
   const int bytes = static_cast<Element>(element) == Element::kFloat32 ? 4 : 2;
   *plan = PlanQuantMatMul(*args, static_cast<WeightKind>(kind), bytes, multiprocessors,
-                          MatrixLibraryThere(), usable);
+                          MatrixLibraryThere(), static_cast<Operands>(operands));
   return 0;
 }
 
@@ -159,9 +148,6 @@ ONNXQ_CUDA_EXPORT int onnxq_cuda_quant_mat_mul(const QuantMatMulArgs* args, int 
       return kErrorArguments;
     case Route::kInteger:
       return LaunchIntegers(a, element, scratch, stream);
-    case Route::kFloat8:
-      a.factor *= unit;
-      return LaunchFloat8(a, element, scratch, stream);
     case Route::kGemv:
       a.factor *= unit;
       return LaunchGemv(a, weights, element, *plan, stream);

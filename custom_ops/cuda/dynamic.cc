@@ -53,7 +53,7 @@ ONNXQ_CUDA_EXPORT int onnxq_cuda_dynamic_plan(const QuantMatMulArgs* args, int k
 }
 
 ONNXQ_CUDA_EXPORT int onnxq_cuda_dynamic_quant_mat_mul(const QuantMatMulArgs* args, int kind,
-                                                       int element, int activations, float unit,
+                                                       int element, float unit,
                                                        const Outliers* outliers, const Plan* plan,
                                                        void* scratch, OnnxqStream stream) {
   if (args->m == 0) return 0;
@@ -71,8 +71,9 @@ ONNXQ_CUDA_EXPORT int onnxq_cuda_dynamic_quant_mat_mul(const QuantMatMulArgs* ar
   rows.outlier = parts.adds ? found.outlier : nullptr;
   rows.k = args->k;
   // As codes for cuBLASLt, else as floats of x's type, which holds them exactly.
-  const int floats = HoldsBytes(plan->route) ? 0 : 1;
-  status = onnxq_cuda_per_token(&rows, args->m, element, activations, floats, stream);
+  const int floats = plan->route == Route::kInteger ? 0 : 1;
+  status = onnxq_cuda_per_token(&rows, args->m, element, static_cast<int>(Activations::kInt8),
+                                floats, stream);
   if (status != 0) return status;
 
   QuantMatMulArgs a = *args;

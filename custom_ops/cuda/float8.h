@@ -1,9 +1,7 @@
-// FP8 E4M3 operands for cuBLASLt: activations with a scale a group of columns, and what stands
-// before and behind a product with packed weights.
+// Activations in FP8 E4M3 with a scale a group of columns, as cuBLASLt reads them.
 #pragma once
 
 #include "per_token.h"
-#include "quant_mat_mul_any.h"
 
 namespace onnxq::cuda {
 
@@ -57,35 +55,6 @@ ONNXQ_DEVICE void Float8GroupsBody(Block& block, const Float8GroupsArgs& a) {
       }
       block.Store(reinterpret_cast<Codes*>(a.q + first), codes);
     });
-  });
-}
-
-// scales [N] of the columns in float32, factor included, of weights with one group.
-// Grid: x pieces of 256.
-inline constexpr int kColumnThreads = 256;
-
-template <class Block>
-ONNXQ_DEVICE void ColumnScalesBody(Block& block, const QuantMatMulArgs& a, float factor,
-                                   float* scales) {
-  block.EachThread([&](int thread) {
-    const int column = block.X() * kColumnThreads + thread;
-    if (column >= a.n) return;
-    const int64_t at = PanelGroups(a, column / kPanel) + column % kPanel;
-    block.Store(scales + column, LoadScale(block, a.scale_type, a.scales, at) * factor);
-  });
-}
-
-// Ends products [M, N] of FP8 that cuBLASLt left without scales. Grid: x pieces of 256.
-template <class T, class Block>
-ONNXQ_DEVICE void ScaleFloatsBody(Block& block, const QuantMatMulArgs& a, const float* products,
-                                  const float* column_scales) {
-  block.EachThread([&](int thread) {
-    const int64_t i = int64_t{block.X()} * kColumnThreads + thread;
-    if (i >= int64_t{a.m} * a.n) return;
-    const int row = static_cast<int>(i / a.n);
-    const int column = static_cast<int>(i % a.n);
-    const float total = block.Load(products + i) * block.Load(column_scales + column);
-    Finish<T>(block, a, 1.0F, row, column, total);
   });
 }
 

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "float8_product.h"
 #include "hadamard.h"
 #include "outliers.h"
 #include "plan.h"
@@ -52,12 +53,12 @@ int onnxq_cuda_plan(const onnxq::cuda::QuantMatMulArgs* args, int kind, int elem
                     onnxq::cuda::Plan* plan);
 
 // Runs a plan; `scratch` has plan->scratch_bytes, 256-byte aligned. args->partial is not read. x is
-// int8 where the route is kInteger, FP8 where it is kFloat8, else of `element`.
+// int8 where the route is kInteger, else of `element`.
 int onnxq_cuda_quant_mat_mul(const onnxq::cuda::QuantMatMulArgs* args, int kind, int element,
                              float unit, const onnxq::cuda::Plan* plan, void* scratch,
                              OnnxqStream stream);
 
-// activations is an Activations; floats: 1 writes their numbers in the type of x, 0 their codes.
+// activations is an Activations; floats: 1 writes integers in the type of x, 0 codes.
 int onnxq_cuda_per_token(const onnxq::cuda::PerTokenArgs* args, int rows, int element,
                          int activations, int floats, OnnxqStream stream);
 
@@ -74,17 +75,29 @@ int onnxq_cuda_add_outliers(const onnxq::cuda::QuantMatMulArgs* args,
                             const onnxq::cuda::OutlierArgs* outliers, int element,
                             OnnxqStream stream);
 
-// A product with rows of x quantized first, but for columns of outliers: plan and launch, as above.
-// Of args, row_scale and sums are not read. activations is an Activations, operands an Operands:
-// what the levels can be stored as.
+// A product with rows of x quantized to INT8 first, but for columns of outliers: plan and launch,
+// as above. Of args, row_scale and sums are not read. operands is an Operands: what the levels can
+// be stored as.
 int onnxq_cuda_dynamic_plan(const onnxq::cuda::QuantMatMulArgs* args, int kind, int element,
                             int operands, const onnxq::cuda::Outliers* outliers,
                             onnxq::cuda::Plan* plan);
 int onnxq_cuda_dynamic_quant_mat_mul(const onnxq::cuda::QuantMatMulArgs* args, int kind,
-                                     int element, int activations, float unit,
-                                     const onnxq::cuda::Outliers* outliers,
+                                     int element, float unit, const onnxq::cuda::Outliers* outliers,
                                      const onnxq::cuda::Plan* plan, void* scratch,
                                      OnnxqStream stream);
+
+// DynamicFloat8MatMul, from weights as they are; `scratch` has the bytes that the first function
+// says, 256-byte aligned. Of args, q and x_scales are not read.
+int64_t onnxq_cuda_float8_scratch(const onnxq::cuda::Float8ProductArgs* args);
+int onnxq_cuda_float8_mat_mul(const onnxq::cuda::Float8ProductArgs* args, int element,
+                              void* scratch, OnnxqStream stream);
+
+// Its parts beside cuBLASLt: what ends products that have no scales of rows yet, and the plain
+// kernel.
+int onnxq_cuda_finish_float8(const onnxq::cuda::Float8ProductArgs* args, const float* products,
+                             int element, OnnxqStream stream);
+int onnxq_cuda_plain_float8(const onnxq::cuda::Float8ProductArgs* args, int element,
+                            OnnxqStream stream);
 
 // QuantizeBlock; `factors` (device memory for [rows]) is needed for E4M3 scales with factor 0.
 int onnxq_cuda_quantize_block(const onnxq::cuda::QuantizeBlockArgs* args, int element,

@@ -42,6 +42,5 @@ int LaunchGemv(const QuantMatMulArgs& a, WeightKind kind, int element, const Pla
 int LaunchTile(const QuantMatMulArgs& a, WeightKind kind, int element, const Plan& plan,
                cudaStream_t stream);
 int LaunchIntegers(const QuantMatMulArgs& a, int element, void* scratch, cudaStream_t stream);
-int LaunchFloat8(const QuantMatMulArgs& a, int element, void* scratch, cudaStream_t stream);
 
 }  // namespace onnxq::cuda

@@ -59,31 +59,6 @@ class QuantMatMul {
   PackedProduct<type> product_;
 };
 
-// The same with rows in FP8; see defs/dynamic_float8_mat_mul.py.
-template <ElementType type>
-class DynamicFloat8MatMul {
- public:
-  static constexpr const char* kName = "DynamicFloat8MatMul";
-  // Those of QuantMatMul but for the order.
-  static constexpr std::array<ElementType, 6> kInputs = {
-      type, ElementType::kUint8, ElementType::kUndefined, ElementType::kInt8, float32, float32};
-  static constexpr std::array<ElementType, 1> kOutputs = {type};
-
-  static ort::OrtStatus* Create(const Api& api, const ort::OrtKernelInfo* info,
-                                DynamicFloat8MatMul* kernel) {
-    return kernel->product_.Create(api, info, kName, cuda::Activations::kFloat8);
-  }
-  static ort::OrtStatus* InferShapes(const Api& api, ort::OrtShapeInferContext* context) {
-    return PackedProduct<type>::InferShapes(api, context);
-  }
-  ort::OrtStatus* Compute(const Api& api, ort::OrtKernelContext* context) const {
-    return product_.Compute(api, context, {});
-  }
-
- private:
-  PackedProduct<type> product_;
-};
-
 // The same with columns of outliers in float; see defs/dynamic_quant_mat_mul.py.
 template <ElementType type>
 class DynamicQuantMatMul {
@@ -158,7 +133,7 @@ class QuantMatMulInt8 {
 
   static ort::OrtStatus* Create(const Api& api, const ort::OrtKernelInfo* info,
                                 QuantMatMulInt8* kernel) {
-    ONNXQ_RETURN_IF_ERROR(kernel->product_.Create(api, info, kName, std::nullopt, 2));
+    ONNXQ_RETURN_IF_ERROR(kernel->product_.Create(api, info, kName, 2));
     if (!kernel->product_.int8_activations())
       return Error(api, kName, "int8_activations must be 1 or 2");
     return nullptr;

@@ -5,7 +5,6 @@
 #include <cuda_runtime_api.h>
 
 #include <cmath>
-#include <optional>
 
 #include "ort_support.h"
 
@@ -15,10 +14,8 @@ namespace onnxq {
 template <ElementType type>
 class PackedProduct {
  public:
-  // rows: what rows of activations are quantized to in any case; else an attribute says it.
   // first_weight: the input that holds the codes.
   ort::OrtStatus* Create(const Api& api, const ort::OrtKernelInfo* info, const char* name,
-                         std::optional<cuda::Activations> rows = std::nullopt,
                          size_t first_weight = 1) {
     name_ = name;
     first_weight_ = first_weight;
@@ -30,23 +27,20 @@ class PackedProduct {
       ONNXQ_RETURN_IF_ERROR(api.KernelInfoGetAttribute_int64(info, attribute, value));
     }
     ONNXQ_RETURN_IF_ERROR(api.KernelInfoGetAttribute_float(info, "factor", &factor_));
-    rows_ = rows;
-    if (!rows.has_value()) {
-      int64_t int8_activations = 0;
-      ONNXQ_RETURN_IF_ERROR(
-          api.KernelInfoGetAttribute_int64(info, "int8_activations", &int8_activations));
-      if (int8_activations < 0 || int8_activations > 1)
-        return Error(api, name_, "the CUDA kernels take int8_activations 0 and 1",
-                     ort::ErrorCode::kNotImplemented);
-      if (int8_activations != 0) rows_ = cuda::Activations::kInt8;
-    }
+    int64_t int8_activations = 0;
+    ONNXQ_RETURN_IF_ERROR(
+        api.KernelInfoGetAttribute_int64(info, "int8_activations", &int8_activations));
+    if (int8_activations < 0 || int8_activations > 1)
+      return Error(api, name_, "the CUDA kernels take int8_activations 0 and 1",
+                   ort::ErrorCode::kNotImplemented);
+    int8_activations_ = int8_activations != 0;
     ONNXQ_RETURN_IF_ERROR(CheckAttributes(api, layout));
     ONNXQ_RETURN_IF_ERROR(Check(api, name_, onnxq_cuda_prepare()));
     ONNXQ_RETURN_IF_ERROR(GetAllocator(api, info, &allocator_));
     return LookAtConstants(api, info);
   }
 
-  bool int8_activations() const { return rows_ == cuda::Activations::kInt8; }
+  bool int8_activations() const { return int8_activations_; }
   int64_t k() const { return k_; }
 
   // y is of the type of x, or of the one given.
@@ -278,9 +272,7 @@ class PackedProduct {
 
   // What the levels can be stored as, to be multiplied by quantized rows.
   cuda::Operands StoredAs() const {
-    if (int8_activations()) return int8_levels_ ? cuda::Operands::kInt8 : cuda::Operands::kNone;
-    return format_.kind == cuda::WeightKind::kE4M3 ? cuda::Operands::kFloat8
-                                                   : cuda::Operands::kNone;
+    return int8_activations_ && int8_levels_ ? cuda::Operands::kInt8 : cuda::Operands::kNone;
   }
 
   ort::OrtStatus* Run(const Api& api, ort::OrtKernelContext* context, cuda::QuantMatMulArgs args,
@@ -290,9 +282,9 @@ class PackedProduct {
     const auto kind = static_cast<int>(format_.kind);
     const int operands = static_cast<int>(StoredAs());
     cuda::Plan plan;
-    const int planned =
-        rows_ ? onnxq_cuda_dynamic_plan(&args, kind, kElement<type>, operands, &outliers, &plan)
-              : onnxq_cuda_plan(&args, kind, kElement<type>, 0, &plan);
+    const int planned = int8_activations_ ? onnxq_cuda_dynamic_plan(&args, kind, kElement<type>,
+                                                                    operands, &outliers, &plan)
+                                          : onnxq_cuda_plan(&args, kind, kElement<type>, 0, &plan);
     ONNXQ_RETURN_IF_ERROR(Check(api, name_, planned));
     Scratch scratch(api);
     constexpr int64_t kBytes = type == float32 ? 4 : 2;
@@ -308,11 +300,11 @@ class PackedProduct {
     }
     void* const memory = plan.scratch_bytes > 0 ? scratch.Get<char>(plan_at) : nullptr;
     return Check(api, name_,
-                 rows_ ? onnxq_cuda_dynamic_quant_mat_mul(&args, kind, kElement<type>,
-                                                          static_cast<int>(*rows_), format_.unit,
-                                                          &outliers, &plan, memory, stream)
-                       : onnxq_cuda_quant_mat_mul(&args, kind, kElement<type>, format_.unit, &plan,
-                                                  memory, stream));
+                 int8_activations_
+                     ? onnxq_cuda_dynamic_quant_mat_mul(&args, kind, kElement<type>, format_.unit,
+                                                        &outliers, &plan, memory, stream)
+                     : onnxq_cuda_quant_mat_mul(&args, kind, kElement<type>, format_.unit, &plan,
+                                                memory, stream));
   }
 
   const char* name_ = "";
@@ -321,7 +313,7 @@ class PackedProduct {
   int64_t n_ = 0;
   int64_t group_ = 0;
   int64_t bits_ = 0;
-  std::optional<cuda::Activations> rows_;
+  bool int8_activations_ = false;
   int64_t exponent_scales_ = 0;
   float factor_ = 1;
   bool no_bias_ = false;

@@ -100,16 +100,6 @@ struct Float8Out {
   }
 };
 
-template <class T>
-struct Float8NumbersOut {
-  using Bits = typename T::Bits;
-  ONNXQ_HD static RowScale ScaleOf(uint32_t max_bits) { return Float8ScaleOf(max_bits); }
-  ONNXQ_HD static Bits Quantize(float x, const RowScale& r) {
-    const float magnitude = Float8Magnitude(x, r);
-    return T::From(x < 0 ? -magnitude : magnitude);
-  }
-};
-
 struct RowState {
   uint32_t max_bits;
 };

@@ -79,13 +79,10 @@ enum class Route : int {
   kTile = 2,
   kExpand = 3,   // to a plain matrix, then cuBLASLt
   kInteger = 4,  // to a plain matrix of int8, then cuBLASLt; x holds int8 then
-  kFloat8 = 5,   // to a plain matrix of FP8, then cuBLASLt; x holds FP8 then
 };
 
 // What both operands of a product with quantized rows can be stored as, beside 16-bit floats.
-enum class Operands : int { kNone = 0, kInt8 = 1, kFloat8 = 2 };
-
-inline bool HoldsBytes(Route route) { return route == Route::kInteger || route == Route::kFloat8; }
+enum class Operands : int { kNone = 0, kInt8 = 1 };
 
 struct Plan {
   Route route = Route::kAny;
@@ -120,16 +117,13 @@ struct ExpandScratch {
   int64_t bytes;
 };
 
-// The parts of kInteger's and kFloat8's: plain weights from 0 on, cuBLASLt's, columns' scales,
-// sums.
+// The parts of kInteger's: plain weights from 0 on, cuBLASLt's, sums.
 struct ByteScratch {
   explicit ByteScratch(const QuantMatMulArgs& a)
       : workspace(CeilDivide(int64_t{a.n} * a.k, 256) * 256),
-        scales(workspace + static_cast<int64_t>(kMatrixWorkspace)),
-        products(scales + CeilDivide(int64_t{a.n} * 4, 256) * 256),
+        products(workspace + static_cast<int64_t>(kMatrixWorkspace)),
         bytes(products + int64_t{a.m} * a.n * 4) {}
   int64_t workspace;
-  int64_t scales;
   int64_t products;
   int64_t bytes;
 };
@@ -139,7 +133,7 @@ struct DynamicScratch {
   DynamicScratch(const QuantMatMulArgs& a, Route route, int element_bytes, const Outliers& o)
       : adds(o.named_count > 0 || o.threshold > 0),
         pieces(OutlierPieces(a.m, o.threshold)),
-        row_scale(Round(int64_t{a.m} * a.k * (HoldsBytes(route) ? 1 : element_bytes))),
+        row_scale(Round(int64_t{a.m} * a.k * (route == Route::kInteger ? 1 : element_bytes))),
         found(row_scale + Round(int64_t{a.m} * 4)),
         outlier(found + (adds ? Round(int64_t{pieces} * a.k) : 0)),
         columns(outlier + (adds ? Round(a.k) : 0)),
@@ -169,7 +163,7 @@ inline Plan PlanQuantMatMul(const QuantMatMulArgs& a, WeightKind kind, int eleme
   const bool bytes = operands != Operands::kNone && a.row_scale != nullptr && a.groups == 1 &&
                      a.zero_points == nullptr && a.k % 16 == 0 && a.n % 16 == 0;
   if (bytes && a.m > kMaxTileRows && matrix_library) {
-    plan.route = operands == Operands::kInt8 ? Route::kInteger : Route::kFloat8;
+    plan.route = Route::kInteger;
     plan.scratch_bytes = ByteScratch(a).bytes;
     return plan;
   }

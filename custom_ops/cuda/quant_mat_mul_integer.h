@@ -1,24 +1,22 @@
 // QuantMatMul with INT8 activations and many rows: the product of integers runs on cuBLASLt, exact
-// in int32; here is what stands before it and behind it. FP8 weights are expanded here too.
+// in int32; here is what stands before it and behind it.
 #pragma once
 
 #include "quant_mat_mul_any.h"
 
 namespace onnxq::cuda {
 
-// The weights as a plain matrix `out` [N, K] of bytes, in the places of ExpandBody: their levels as
-// int8, or with `as_codes` the codes themselves. K must be a multiple of 4. Grid: x panels,
-// y ExpandPieces. Shared memory: a byte a code.
+// The weights as a plain matrix `out` [N, K] of their levels as int8, in the places of ExpandBody.
+// K must be a multiple of 4. Grid: x panels, y ExpandPieces. Shared memory: a byte a code.
 template <class Block>
-ONNXQ_DEVICE void ExpandBytesBody(Block& block, const QuantMatMulArgs& a, bool as_codes,
-                                  uint8_t* out) {
+ONNXQ_DEVICE void ExpandBytesBody(Block& block, const QuantMatMulArgs& a, uint8_t* out) {
   const int bits = a.bits;
   const typename Block::Shared shared(block, 1 << bits);
   const int panel = block.X();
   const uint8_t* const codes = PanelCodes(a, panel);
   block.EachThread([&](int thread) {
     for (int i = thread; i < 1 << bits; i += kExpandThreads) {
-      const int byte = as_codes ? i : static_cast<int>(block.Load(a.levels + i));
+      const int byte = static_cast<int>(block.Load(a.levels + i));
       shared.template Set<uint8_t>(thread, i, static_cast<uint8_t>(byte));
     }
   });

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "library.h"
+#include "ort_float8.h"
 #include "ort_products.h"
 #include "ort_rows.h"
 

@@ -43,10 +43,10 @@ ONNXQ_CUDA_EXPORT int onnxq_cuda_per_token(const PerTokenArgs* args, int rows, i
   if (rows == 0) return 0;
   if (args->k == 0 || rows < 0) return kErrorArguments;
   const bool float8 = static_cast<Activations>(activations) == Activations::kFloat8;
+  if (float8 && floats != 0) return kErrorArguments;
   return ForElement(element, [&](auto t) {
     using T = decltype(t);
-    if (float8 && floats == 0) return LaunchPerToken<T, Float8Out>(*args, rows, stream);
-    if (float8) return LaunchPerToken<T, Float8NumbersOut<T>>(*args, rows, stream);
+    if (float8) return LaunchPerToken<T, Float8Out>(*args, rows, stream);
     if (floats == 0) return LaunchPerToken<T, Int8Out>(*args, rows, stream);
     return LaunchPerToken<T, IntegersOut<T>>(*args, rows, stream);
   });

@@ -1,7 +1,7 @@
-"""FP8 activations, a scale a token, times packed weights.
+"""FP8 activations times plain FP8 weights, with the scales that cuBLASLt takes of both.
 
-The product of `QuantizeBlock` and `QuantMatMul` as one node: GPUs whose tensor cores multiply FP8
-need the codes of both sides, which a rounded float no longer shows.
+GPUs whose tensor cores multiply FP8 need the codes of both sides, in rows, with one scale a row or
+one a block; nothing is expanded or put in another order on the way.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnxq.custom_ops.defs import quant_mat_mul, quantize_block
-from onnxq.custom_ops.registry import DOMAIN, Operator
+from onnxq.custom_ops.defs import quantize_block
+from onnxq.custom_ops.registry import DOMAIN, Attribute, Operator
 
 Array = np.ndarray[Any, Any]
 
 ROWS = {
-    "block": 0,
     "mantissa": 3,
     "min_exponent": -6,
     "lowest": -448.0,
@@ -26,26 +25,32 @@ ROWS = {
     "factor": 0.0,
     "clip": 1.0,
 }
-"""QuantizeBlock's attributes for E4M3 with a scale a row."""
+"""QuantizeBlock's attributes for E4M3, but for the block."""
+BLOCK = 128
+"""The one size of blocks that there are kernels for."""
 
 _DOC = """\
-Rounds each row of activations to FP8 E4M3 and multiplies it by packed, quantized weights.
+Rounds activations to FP8 E4M3 and multiplies them by plain FP8 weights.
 
 `x: [..., K]` f32 or f16 → `y: [..., N]` of the same type:
 
 ```
-r = QuantizeBlock(x; block 0, E4M3, scale 0)      in f32: r = s · q, s = max(amax / 448, 2^-126)
-y = QuantMatMul(r, weights)                       with int8_activations 0
+r    = QuantizeBlock(x; block, E4M3, scale 0)     in f32: r = s · q, s = max(amax / 448, 2^-126)
+W    = weight[n, k] · scales[n, 0]                with block 0: a scale a column of y
+     = weight[n, k] · scales[n / 128, k / 128]    with block 128
+y    = r · W, transposed, + bias
 ```
 
-Weights of any format serve; kernels for CUDA multiply codes of both sides where the weights are
-E4M3 with one scale a column. Sums run over q, and s multiplies them; a result lies within
-2^-20 · (4 + √K) · Σ|r·W| of the exact product, plus half a step of y's type, and within
-2^-10 · Σ|r·W| where FP8 tensor cores sum, which keep fewer bits. The CPU has no kernel of its own:
-there the body's two operators run on theirs.
+With block 0 a token of x has one scale, with block 128 one for each 128 of its columns. Scales of
+blocks have zeros at the end of their rows, up to a multiple of 4, as cuBLASLt reads them. One scale
+for all of a weight is written N times.
+
+Sums run over q; a result lies within 2^-20 · (4 + √K) · Σ|r·W| of the exact product, plus half a
+step of y's type, and within 2^-10 · Σ|r·W| where FP8 tensor cores sum, which keep fewer bits. The
+CPU has no kernel of its own: there the body runs, QuantizeBlock on its kernel.
 
 - A row with a NaN or an infinity in x is NaN; other rows are not touched by it.
-- Errors: those of QuantMatMul.
+- Errors: block neither 0 nor 128; K no multiple of 128 with block 128; shapes that do not fit.
 """
 
 _FLOAT = onnx.TensorProto.FLOAT
@@ -57,28 +62,13 @@ def _build_function() -> onnx.FunctionProto:
     from onnxscript.values import Opset
 
     domain = Opset(DOMAIN, 1)
-    no_order = onnx.numpy_helper.from_array(quant_mat_mul.NO_ORDER, "no_order")
 
     @script(domain, default_opset=op)
-    def DynamicFloat8MatMul(
-        x,
-        codes,
-        scales,
-        zero_points,
-        levels,
-        bias,
-        K: int,
-        N: int,
-        group: int,
-        bits: int,
-        exponent_scales: int,
-        factor: float,
-        layout: int,
-    ):
+    def DynamicFloat8MatMul(x, weight, scales, bias, block: int):
         # ONNX Runtime lets a function inside of a function take few types.
         rounded = domain.QuantizeBlock(
             op.Cast(x, to=_FLOAT),
-            block=0,
+            block=block,
             mantissa=3,
             min_exponent=-6,
             lowest=-448.0,
@@ -87,69 +77,63 @@ def _build_function() -> onnx.FunctionProto:
             factor=0.0,
             clip=1.0,
         )
-        product = domain.QuantMatMul(
-            rounded,
-            codes,
-            op.Cast(scales, to=_FLOAT),
-            zero_points,
-            levels,
-            bias,
-            op.Constant(value=no_order),
-            K=K,
-            N=N,
-            group=group,
-            bits=bits,
-            int8_activations=0,
-            exponent_scales=exponent_scales,
-            factor=factor,
-            layout=layout,
-        )
-        y = op.CastLike(product, x)
+        wide = op.Cast(weight, to=_FLOAT)
+        nothing = op.Constant(value_int=0)
+        one = op.Constant(value_int=1)
+        share = op.Max(op.Constant(value_int=block), one)
+        n = op.Squeeze(op.Shape(wide, start=0, end=1))
+        k = op.Squeeze(op.Shape(wide, start=1, end=2))
+        last = op.Sub(op.Squeeze(op.Shape(scales, start=1, end=2)), one)
+        rows = op.Div(op.Range(nothing, n, one), share)
+        columns = op.Min(op.Div(op.Range(nothing, k, one), share), last)
+        spread = op.Gather(op.Gather(scales, rows, axis=0), columns, axis=1)
+        product = op.MatMul(rounded, op.Transpose(op.Mul(wide, spread), perm=[1, 0]))
+        y = op.CastLike(op.Add(product, bias), x)
         return y  # noqa: RET504  (names the output)
 
     proto: onnx.FunctionProto = DynamicFloat8MatMul.to_function_proto()
     return proto
 
 
-def reference(
-    x: Array,
-    codes: Array,
-    scales: Array,
-    zero_points: Array,
-    levels: Array,
-    bias: Array,
-    **attributes: Any,
-) -> tuple[Array]:
-    """The body's two operators in numpy, as the CPU's kernels compute them.
+def spread_scales(scales: Array, n: int, k: int, block: int) -> Array:
+    """A scale for each weight, ``[n, k]`` or ``[n, 1]``."""
+    if not block:
+        return scales
+    return scales[np.arange(n)[:, None] // block, np.arange(k) // block]
+
+
+def reference(x: Array, weight: Array, scales: Array, bias: Array, *, block: int) -> tuple[Array]:
+    """The body in numpy, its sums in float64.
 
     Args:
         x: ``[..., K]`` float32 or float16.
-        codes: this and what follows to ``bias``: as QuantMatMul's.
-        scales: as QuantMatMul's.
-        zero_points: as QuantMatMul's.
-        levels: as QuantMatMul's.
-        bias: as QuantMatMul's.
-        attributes: QuantMatMul's but for ``int8_activations``.
+        weight: ``[N, K]`` float8_e4m3fn.
+        scales: ``[N, 1]`` float32; with blocks ``[ceil(N / 128), K / 128 rounded up to 4s]``.
+        bias: ``[N]`` float32, or ``[1]``.
+        block: 0 or 128.
 
     Returns:
         ``y: [..., N]`` of the type of x.
     """
-    (rounded,) = quantize_block.reference(x.astype(np.float32), **ROWS)
-    weights = (codes, scales, zero_points, levels, bias, quant_mat_mul.NO_ORDER)
-    (y,) = quant_mat_mul.reference(rounded, *weights, int8_activations=0, **attributes)
-    with np.errstate(over="ignore"):
-        return (y.astype(x.dtype),)
+    (rounded,) = quantize_block.reference(x.astype(np.float32), block=block, **ROWS)
+    matrix = weight.astype(np.float32) * spread_scales(scales, *weight.shape, block)
+    with np.errstate(over="ignore", invalid="ignore"):
+        y = rounded.astype(np.float64) @ matrix.T.astype(np.float64) + bias
+        return (y.astype(np.float32).astype(x.dtype),)
 
-
-_BASE = quant_mat_mul.OPERATOR
 
 OPERATOR = Operator(
     name="DynamicFloat8MatMul",
     doc=_DOC,
-    inputs={name: doc for name, doc in _BASE.inputs.items() if name != "order"},
-    outputs=_BASE.outputs,
-    min_opset=_BASE.min_opset,
+    inputs={
+        "x": "`[..., K]` f32 or f16",
+        "weight": "`[N, K]` f8e4m3fn",
+        "scales": "`[N, 1]` f32, or with blocks `[ceil(N / 128), K / 128 rounded up to 4s]`",
+        "bias": "`[N]` f32, or `[1]` for all columns",
+    },
+    outputs={"y": "`[..., N]`, the type of x"},
+    min_opset=21,
     build_function=_build_function,
     reference=reference,
-    attributes=tuple(a for a in _BASE.attributes if a.name != "int8_activations"),
+    attributes=(Attribute("block", "INT", "0: scales of rows; 128: of blocks"),),
 )

@@ -15,8 +15,8 @@ static         none: their ranges are fixed, ``qdq`` performs them
 =============  ==================================================================================
 
 With ``outliers`` the product is ``DynamicQuantMatMul``: columns of activations that reach so far
-stay float (LLM.int8()). Where the target multiplies FP8, E4M3 on both sides with a scale a token is
-``DynamicFloat8MatMul``.
+stay float (LLM.int8()). Where the target multiplies FP8, E4M3 on both sides is
+``DynamicFloat8MatMul``: a scale a token and a channel, or blocks of 128 on both sides.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeGuard
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -52,6 +51,7 @@ from onnxq.graph.match.values import value_dtype
 from onnxq.passes.contract import Context, Pass, PassReport
 from onnxq.passes.keys import PLAN, ROUNDED, STATISTICS
 from onnxq.passes.lower.activations import ActivationRounding
+from onnxq.passes.lower.float8 import float8_weight
 from onnxq.passes.lower.qdq import forget_shapes
 from onnxq.passes.lower.rotations import quantize_rotations
 from onnxq.passes.lower.weights import grid_format, to_nearest, weight_as_read
@@ -64,8 +64,6 @@ OUTLIER_OP = "DynamicQuantMatMul"
 FLOAT8_OP = "DynamicFloat8MatMul"
 INT8_TOKENS = ActivationPlan("int8")
 """What the product itself rounds activations to."""
-FLOAT8_TOKENS = ActivationPlan("fp8e4m3")
-"""And what that of FP8 rounds them to."""
 
 
 @dataclass(frozen=True)
@@ -134,11 +132,10 @@ class Pack(Pass):
             reason = _reason_against(site, linear)
             if reason is None and linear is not None:
                 try:
-                    packed = self._packed(linear, site, rounded.get(site.site))
+                    op, packed = self._product(linear, site, rounded.get(site.site), ctx.target)
                 except UnsupportedError as error:
                     reason = error.cause
                 else:
-                    op = self._operator(site, packed, ctx.target)
                     if op != FLOAT8_OP and _needs_rounding(site.activation, packed):
                         rounding.read_rounded(
                             linear.node,
@@ -166,6 +163,17 @@ class Pack(Pass):
             forget_shapes(model)
         ctx.artifacts.put(PLAN, left)
         return report
+
+    def _product(
+        self, linear: Linear, site: SitePlan, rounded: RoundedWeight | None, target: Target
+    ) -> tuple[str, PackedWeight]:
+        """Which of the products it is, and its inputs."""
+        float8 = float8_weight(linear, site, rounded) if target.float8_products else None
+        if float8 is not None:
+            return FLOAT8_OP, float8
+        packed = self._packed(linear, site, rounded)
+        outliers = packed.attributes["int8_activations"] and self.outliers
+        return OUTLIER_OP if outliers else OP, packed
 
     def _packed(
         self, linear: Linear, site: SitePlan, rounded: RoundedWeight | None
@@ -203,13 +211,6 @@ class Pack(Pass):
             bias=linear.b,
         )
 
-    def _operator(self, site: SitePlan, packed: PackedWeight, target: Target) -> str:
-        """Which of the products it is."""
-        if packed.attributes["int8_activations"]:
-            return OUTLIER_OP if self.outliers else OP
-        both = site.activation == FLOAT8_TOKENS and _is_e4m3(packed.inputs["levels"])
-        return FLOAT8_OP if both and target.float8_products else OP
-
     def _rounds_inside(self, site: SitePlan, levels: np.ndarray, group: int) -> int:
         """Whether the product rounds activations to INT8: 0 no, 1 each row, 2 each group."""
         if site.activation is not None:
@@ -236,12 +237,6 @@ def _needs_rounding(
     return activation is not None and not packed.attributes["int8_activations"]
 
 
-def _is_e4m3(levels: np.ndarray) -> bool:
-    """Whether code i stands for what E4M3 reads in the bits of i."""
-    known = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-    return len(levels) == 256 and bool(np.array_equal(levels, known, equal_nan=True))
-
-
 def _replace(
     model: ir.Model,
     linear: Linear,
@@ -252,13 +247,10 @@ def _replace(
     """Put the packed product in the layer's place."""
     graph = model.graph
     inputs, attributes = dict(packed.inputs), dict(packed.attributes)
-    if op in (OUTLIER_OP, FLOAT8_OP):
-        del inputs["order"]
     if op == OUTLIER_OP:
+        del inputs["order"]
         inputs["outliers"] = np.zeros(0, np.int64)
         attributes["threshold"] = outliers
-    if op == FLOAT8_OP:
-        del attributes["int8_activations"]
     custom_ops.attach(model, op)
     names = Names(graph)
     x = linear.node.inputs[1 - linear.weight_index]  # as earlier replacements left it
@@ -301,6 +293,9 @@ def _cast(x: ir.Value, to: ir.DataType, name: str) -> ir.Node:
 
 
 def _describe(site: SitePlan, op: str, packed: PackedWeight, outliers: float) -> str:
+    if op == FLOAT8_OP:
+        by = "blocks of 128" if packed.attributes["block"] else "one scale a channel and a token"
+        return f"{op}, fp8e4m3 on both sides, {by}"
     fmt = site.weight.format if site.weight is not None else ""
     group = int(packed.attributes["group"])
     by = "one scale a channel" if group == packed.attributes["K"] else f"groups of {group}"

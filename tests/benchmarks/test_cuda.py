@@ -47,19 +47,20 @@ def test_every_goal_of_the_page_is_judged(goals: ModuleType) -> None:
         row("int4_g32", 64, goals.CUBLAS, 1.4),
         row("int4_g32", 16, goals.ORT_NBITS, 1.3),
         row("fp8 x fp8", 256, goals.FP8_ALONE, 0.97),
-        row("fp8 rows x packed fp8", 256, goals.FP8_ALONE, 0.6),
-        row("fp8 rows x packed fp8", 1024, goals.ORT_FP8, 1.5),
+        row("fp8 rows x fp8", 256, goals.FP8_ALONE, 0.6),
+        row("fp8 rows x fp8", 1024, goals.ORT_FP8, 1.5),
         row("fp8 128-block", 512, goals.FP8_ALONE, 0.1),  # the goal begins at 1024
         row("fp8 128-block", 1024, goals.FP8_ALONE, 0.85),
         row("fp8 128-block", 1024, goals.BF16, 1.1),
+        row("fp8 rows x fp8 128-block", 1024, goals.BF16, 1.05),
         row("mxfp4_g32", 64, "our int4_g32", 0.95),
         row("hadamard+int8", 4096, goals.COPY, 0.8),
     ]
     worst = [goal.worst(rows) for goal in goals.GOALS]
     figures = [None if found is None else round(found[0], 3) for found in worst]
-    assert figures == [0.646, 0.96, 2.6, 1.4, 1.3, 0.97, 0.6, 1.5, 0.85, 1.1, 0.95, 0.8]
+    assert figures == [0.646, 0.96, 2.6, 1.4, 1.3, 0.97, 0.6, 1.5, 0.85, 1.1, 1.05, 0.95, 0.8]
     text = goals.table(rows, "a device")
-    assert text.count("(met)") == 9
+    assert text.count("(met)") == 10
     assert text.count("(missed)") == 3
     assert "not yet" not in text
     assert goals.table([], "none").count("not yet") == len(goals.GOALS)

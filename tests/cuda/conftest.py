@@ -30,7 +30,9 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
         *(compiler, "-std=c++17", "-O1", "-ffp-contract=off"),
         *("-Wall", "-Wextra", "-Wconversion", "-Werror", "-fPIC", "-shared"),
         *(f"-I{KERNELS}", f"-I{KERNELS.parent / 'include'}", f"-I{HERE}"),
-        *(str(HERE / "emulate.cc"), str(KERNELS / "dynamic.cc"), "-o", str(library)),
+        *(str(HERE / name) for name in ("emulate.cc", "emulate_float8.cc")),
+        *(str(KERNELS / name) for name in ("dynamic.cc", "float8_product.cc")),
+        *("-o", str(library)),
     ]
     subprocess.run(command, check=True)
     return Emulation(ctypes.CDLL(str(library)))

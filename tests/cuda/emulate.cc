@@ -1,8 +1,6 @@
 // The kernels' bodies on the CPU, for ctypes. Every function returns null, or what broke.
-#include <exception>
-#include <string>
+#include "emulate.h"
 
-#include "emulator.h"
 #include "launch.h"
 #include "outliers.h"
 #include "plan.h"
@@ -10,18 +8,6 @@
 
 namespace onnxq::cuda {
 namespace {
-
-template <class F>
-const char* Guard(const F& f) {
-  static std::string message;
-  try {
-    f();
-    return nullptr;
-  } catch (const std::exception& error) {
-    message = error.what();
-    return message.c_str();
-  }
-}
 
 void Declare(Memory* memory, const QuantMatMulArgs& a, int element_bytes) {
   const int64_t panels = CeilDivide(a.n, kPanel);
@@ -142,12 +128,12 @@ void RunHadamard(const HadamardArgs& a) {
   memory.CheckComplete();
 }
 
-void RunExpandBytes(const QuantMatMulArgs& a, bool as_codes, uint8_t* out) {
+void RunExpandBytes(const QuantMatMulArgs& a, uint8_t* out) {
   Memory memory;
   Declare(&memory, a, 1);
   memory.Output(out, int64_t{a.n} * a.k);
   RunGrid(&memory, static_cast<int>(CeilDivide(a.n, kPanel)), ExpandPieces(a), 1, kExpandThreads,
-          [&](HostBlock& block) { ExpandBytesBody(block, a, as_codes, out); });
+          [&](HostBlock& block) { ExpandBytesBody(block, a, out); });
   memory.CheckComplete();
 }
 
@@ -159,37 +145,6 @@ void RunScaleIntegers(const QuantMatMulArgs& a, const int32_t* products) {
   DeclareResult(&memory, a, static_cast<int>(sizeof(typename T::Bits)));
   RunGrid(&memory, static_cast<int>(CeilDivide(int64_t{a.m} * a.n, kScaleThreads)), 1, 1,
           kScaleThreads, [&](HostBlock& block) { ScaleIntegersBody<T>(block, a, products); });
-  memory.CheckComplete();
-}
-
-template <class T>
-void RunFloat8Groups(const Float8GroupsArgs& a) {
-  Memory memory;
-  memory.Input(a.x, a.rows * a.k * static_cast<int>(sizeof(typename T::Bits)));
-  memory.Output(a.q, a.rows * a.k);
-  memory.Output(a.scale, a.rows * (a.k / a.group) * 4);
-  RunGrid(&memory, static_cast<int>(CeilDivide(a.rows * a.k / kVector<T>, kFloat8Threads)), 1, 1,
-          kFloat8Threads, [&](HostBlock& block) { Float8GroupsBody<T>(block, a); });
-  memory.CheckComplete();
-}
-
-// What LaunchFloat8 of bytes.cu does behind cuBLASLt.
-template <class T>
-void RunScaleFloats(const QuantMatMulArgs& a, const float* products, float* scales) {
-  Memory columns;
-  Declare(&columns, a, 1);
-  columns.Output(scales, 4 * a.n);
-  RunGrid(&columns, static_cast<int>(CeilDivide(a.n, kColumnThreads)), 1, 1, kColumnThreads,
-          [&](HostBlock& block) { ColumnScalesBody(block, a, a.factor, scales); });
-  columns.CheckComplete();
-  Memory memory;
-  Declare(&memory, a, 1);
-  memory.Input(products, int64_t{a.m} * a.n * 4);
-  memory.Input(scales, 4 * a.n);
-  DeclareResult(&memory, a, static_cast<int>(sizeof(typename T::Bits)));
-  RunGrid(&memory, static_cast<int>(CeilDivide(int64_t{a.m} * a.n, kColumnThreads)), 1, 1,
-          kColumnThreads,
-          [&](HostBlock& block) { ScaleFloatsBody<T>(block, a, products, scales); });
   memory.CheckComplete();
 }
 
@@ -227,14 +182,6 @@ void RunAddOutliers(const QuantMatMulArgs& a, const OutlierArgs& o) {
   memory.CheckComplete();
 }
 
-// f(T()) for the type of activations that has a number.
-template <class F>
-void ForType(int type, const F& f) {
-  if (type == 0) return f(Float());
-  if (type == 1) return f(Half());
-  return f(Bfloat());
-}
-
 // As LaunchQuantizeBlock of blocks.cu.
 template <class T>
 void RunQuantizeBlock(QuantizeBlockArgs a, float* factors) {
@@ -270,8 +217,6 @@ void RunQuantizeBlock(QuantizeBlockArgs a, float* factors) {
 
 using namespace onnxq::cuda;
 
-#define ONNXQ_EXPORT extern "C" __attribute__((visibility("default")))
-
 // type: 0 float32, 1 float16, 2 bfloat16. route and kind: of plan.h.
 ONNXQ_EXPORT const char* emulate_quant_mat_mul(const QuantMatMulArgs* a, int type, int kind,
                                                int route, int row_tiles) {
@@ -295,15 +240,14 @@ ONNXQ_EXPORT const char* emulate_expand(const QuantMatMulArgs* a, int type, uint
   });
 }
 
-// out: 0 int8, 1 the same in the type of x; 2 codes of FP8, 3 their numbers in the type of x.
+// out: 0 int8, 1 the same in the type of x; 2 codes of FP8.
 ONNXQ_EXPORT const char* emulate_per_token(const PerTokenArgs* a, int rows, int type, int out) {
   return Guard([&] {
     ForType(type, [&](auto t) {
       using T = decltype(t);
       if (out == 0) return RunPerToken<T, Int8Out>(*a, rows);
       if (out == 1) return RunPerToken<T, IntegersOut<T>>(*a, rows);
-      if (out == 2) return RunPerToken<T, Float8Out>(*a, rows);
-      return RunPerToken<T, Float8NumbersOut<T>>(*a, rows);
+      return RunPerToken<T, Float8Out>(*a, rows);
     });
   });
 }
@@ -330,25 +274,14 @@ ONNXQ_EXPORT const char* emulate_add_outliers(const QuantMatMulArgs* a, const Ou
   return Guard([&] { ForType(type, [&](auto t) { RunAddOutliers<decltype(t)>(*a, *o); }); });
 }
 
-ONNXQ_EXPORT const char* emulate_expand_bytes(const QuantMatMulArgs* a, int as_codes,
-                                              uint8_t* out) {
-  return Guard([&] { RunExpandBytes(*a, as_codes != 0, out); });
+ONNXQ_EXPORT const char* emulate_expand_bytes(const QuantMatMulArgs* a, uint8_t* out) {
+  return Guard([&] { RunExpandBytes(*a, out); });
 }
 
 ONNXQ_EXPORT const char* emulate_scale_integers(const QuantMatMulArgs* a, int type,
                                                 const int32_t* products) {
   return Guard(
       [&] { ForType(type, [&](auto t) { RunScaleIntegers<decltype(t)>(*a, products); }); });
-}
-
-ONNXQ_EXPORT const char* emulate_float8_groups(const Float8GroupsArgs* a, int type) {
-  return Guard([&] { ForType(type, [&](auto t) { RunFloat8Groups<decltype(t)>(*a); }); });
-}
-
-ONNXQ_EXPORT const char* emulate_scale_floats(const QuantMatMulArgs* a, int type,
-                                              const float* products, float* scales) {
-  return Guard(
-      [&] { ForType(type, [&](auto t) { RunScaleFloats<decltype(t)>(*a, products, scales); }); });
 }
 
 ONNXQ_EXPORT const char* emulate_gather(const GatherArgs* a, int type) {
@@ -470,7 +403,7 @@ int onnxq_cuda_quant_mat_mul(const QuantMatMulArgs* args, int kind, int element,
   QuantMatMulArgs a = *args;
   a.splits = plan->splits;
   a.partial = plan->splits > 1 ? static_cast<float*>(scratch) : nullptr;
-  if (!HoldsBytes(plan->route)) {
+  if (plan->route != Route::kInteger) {
     if (plan->route != Route::kAny) a.factor *= unit;
     const char* const broken =
         emulate_quant_mat_mul(&a, element, kind, static_cast<int>(plan->route), plan->row_tiles);
@@ -480,29 +413,18 @@ int onnxq_cuda_quant_mat_mul(const QuantMatMulArgs* args, int kind, int element,
   auto* const base = static_cast<char*>(scratch);
   const auto* const x = static_cast<const uint8_t*>(a.x);
   const auto* const w = reinterpret_cast<const uint8_t*>(base);
-  const bool integers = plan->route == Route::kInteger;
-  RunExpandBytes(a, !integers, reinterpret_cast<uint8_t*>(base));
+  RunExpandBytes(a, reinterpret_cast<uint8_t*>(base));
+  auto* const products = reinterpret_cast<int32_t*>(base + parts.products);
   for (int64_t i = 0; i < int64_t{a.m} * a.n; ++i) {
     const uint8_t* const row = x + i / a.n * a.k;
     const uint8_t* const column = w + i % a.n * a.k;
-    double sum = 0;
+    int32_t sum = 0;
     for (int k = 0; k < a.k; ++k) {
-      sum += integers ? static_cast<int8_t>(row[k]) * static_cast<int8_t>(column[k])
-                      : static_cast<double>(FromE4M3(row[k])) * FromE4M3(column[k]);
+      sum += static_cast<int8_t>(row[k]) * static_cast<int8_t>(column[k]);
     }
-    char* const to = base + parts.products + 4 * i;
-    if (integers) *reinterpret_cast<int32_t*>(to) = static_cast<int32_t>(sum);
-    if (!integers) *reinterpret_cast<float*>(to) = static_cast<float>(sum);
+    products[i] = sum;
   }
-  ForType(element, [&](auto t) {
-    using T = decltype(t);
-    if (integers) {
-      return RunScaleIntegers<T>(a, reinterpret_cast<const int32_t*>(base + parts.products));
-    }
-    a.factor *= unit;
-    RunScaleFloats<T>(a, reinterpret_cast<const float*>(base + parts.products),
-                      reinterpret_cast<float*>(base + parts.scales));
-  });
+  ForType(element, [&](auto t) { RunScaleIntegers<decltype(t)>(a, products); });
   return 0;
 }
 }
@@ -512,6 +434,6 @@ ONNXQ_EXPORT int struct_bytes(int which) {
   const size_t sizes[] = {
       sizeof(QuantMatMulArgs),  sizeof(PerTokenArgs),      sizeof(HadamardArgs), sizeof(Plan),
       sizeof(MatrixProduct),    sizeof(QuantizeBlockArgs), sizeof(OutlierArgs),  sizeof(Outliers),
-      sizeof(Float8GroupsArgs), sizeof(GatherArgs),        sizeof(WidenArgs)};
+      sizeof(Float8GroupsArgs), sizeof(Float8ProductArgs), sizeof(GatherArgs),   sizeof(WidenArgs)};
   return static_cast<int>(sizes[which]);
 }

@@ -15,6 +15,7 @@ from onnxq.custom_ops.cuda_calls import (
     Activations,
     ElementType,
     Float8GroupsArgs,
+    Float8ProductArgs,
     GatherArgs,
     HadamardArgs,
     Operands,
@@ -42,7 +43,7 @@ _EMULATED = (
         "expand_bytes",
         "scale_integers",
         "float8_groups",
-        "scale_floats",
+        "float8_mat_mul",
         "gather",
         "widen",
     ),
@@ -173,7 +174,6 @@ class Emulation:
         self,
         x: Array,
         packed: PackedWeight,
-        activations: Activations,
         named: Array,
         threshold: float,
     ) -> tuple[Array, Route]:
@@ -184,9 +184,7 @@ class Emulation:
         call = Call(x, packed, made, plain_factor=True)
         outliers = Outliers(aligned(named).ctypes.data, len(named), threshold)
         operands = Operands.NONE
-        if activations == Activations.FLOAT8 and made.kind == WeightKind.E4M3:
-            operands = Operands.FLOAT8
-        elif self.has_int8_levels(packed.inputs["levels"], int(packed.attributes["bits"])):
+        if self.has_int8_levels(packed.inputs["levels"], int(packed.attributes["bits"])):
             operands = Operands.INT8
         element, plan = int(ELEMENT_TYPES[x.dtype]), Plan()
         self._handle.onnxq_cuda_dynamic_plan(
@@ -196,8 +194,8 @@ class Emulation:
         # Anything at first, and guards behind the end.
         scratch = aligned(np.full(plan.scratch_bytes + ALIGNMENT, 0xFF, np.uint8))
         code = self._handle.onnxq_cuda_dynamic_quant_mat_mul(
-            *(ctypes.byref(call.args), int(kind), element, int(activations)),
-            *(ctypes.c_float(made.unit), ctypes.byref(outliers), ctypes.byref(plan)),
+            *(ctypes.byref(call.args), int(kind), element, ctypes.c_float(made.unit)),
+            *(ctypes.byref(outliers), ctypes.byref(plan)),
             *(ctypes.c_void_p(scratch.ctypes.data), None),
         )
         if code != 0 or not (scratch[plan.scratch_bytes :] == 0xFF).all():
@@ -230,7 +228,7 @@ class Emulation:
         levels = aligned(np.zeros((n, k), np.int8))
         self._check(
             self._handle.emulate_expand_bytes(
-                ctypes.byref(call.args), 0, ctypes.c_void_p(levels.ctypes.data)
+                ctypes.byref(call.args), ctypes.c_void_p(levels.ctypes.data)
             )
         )
         products = aligned(q.astype(np.int32) @ levels.T.astype(np.int32))
@@ -287,29 +285,6 @@ class Emulation:
         )
         return out
 
-    def float8_product(
-        self, q: Array, packed: PackedWeight, row_scale: Array, dtype: np.dtype[Any]
-    ) -> Array:
-        """The route of FP8 codes ``q [M, K]``; numpy stands for cuBLASLt without scales."""
-        n, k = int(packed.attributes["N"]), int(packed.attributes["K"])
-        made = self.classify(packed)
-        call = Call(np.zeros((q.shape[0], k), dtype), packed, made, row_scale=row_scale)
-        codes = aligned(np.zeros((n, k), np.uint8))
-        self._check(
-            self._handle.emulate_expand_bytes(
-                ctypes.byref(call.args), 1, ctypes.c_void_p(codes.ctypes.data)
-            )
-        )
-        x, weights = (a.view(ml_dtypes.float8_e4m3fn).astype(np.float64) for a in (q, codes))
-        products, scales = aligned((x @ weights.T).astype(np.float32)), aligned(np.zeros(n, "f4"))
-        self._check(
-            self._handle.emulate_scale_floats(
-                *(ctypes.byref(call.args), int(ELEMENT_TYPES[dtype])),
-                *(ctypes.c_void_p(products.ctypes.data), ctypes.c_void_p(scales.ctypes.data)),
-            )
-        )
-        return call.y
-
     def float8_groups(self, x: Array, group: int) -> tuple[Array, Array]:
         """Codes ``[rows, K]`` and scales ``[K / group, rows]``."""
         x, q = aligned(x), aligned(np.zeros(x.shape, np.uint8))
@@ -319,6 +294,32 @@ class Emulation:
             self._handle.emulate_float8_groups(ctypes.byref(args), int(ELEMENT_TYPES[x.dtype]))
         )
         return q, scale
+
+    def float8_mat_mul(
+        self, x: Array, weights: Array, scales: Array, bias: Array, block: int, takes: int
+    ) -> tuple[Array, str]:
+        """The launch function of FP8 on both sides, and what it ran; see ``emulate_float8.cc``."""
+        kept = [aligned(a) for a in (x, weights, scales, bias)]
+        y = aligned(np.zeros((len(x), len(weights)), x.dtype))
+        no_bias = not bias.any()
+        args = Float8ProductArgs(
+            *(a.ctypes.data for a in kept[:3]), None if no_bias else kept[3].ctypes.data,
+            *(y.ctypes.data, None, None, *x.shape[:1], *weights.shape),
+            *(block, int(len(bias) == len(weights))),
+        )  # fmt: skip
+        self._handle.onnxq_cuda_float8_scratch.restype = ctypes.c_int64
+        size = self._handle.onnxq_cuda_float8_scratch(ctypes.byref(args))
+        scratch = aligned(np.full(size + ALIGNMENT, 0xFF, np.uint8))  # with guards behind the end
+        ran = ctypes.create_string_buffer(8)
+        self._check(
+            self._handle.emulate_float8_mat_mul(
+                *(ctypes.byref(args), int(ELEMENT_TYPES[x.dtype]), takes),
+                *(ctypes.c_void_p(scratch.ctypes.data), ran),
+            )
+        )
+        if not (scratch[size:] == 0xFF).all():
+            raise RuntimeError("the launch wrote behind its scratch memory")
+        return y, ran.value.decode()
 
     def per_token(
         self,

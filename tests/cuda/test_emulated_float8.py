@@ -1,7 +1,8 @@
-"""FP8 activations: rows and groups of rows in E4M3, and what stands around cuBLASLt's product."""
+"""FP8 activations: rows and groups of rows in E4M3, and products with plain FP8 weights."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import ml_dtypes
@@ -10,11 +11,11 @@ import pytest
 
 from onnxq import custom_ops
 from onnxq.custom_ops.block_format import block_attributes
-from onnxq.custom_ops.cuda_calls import Activations, Operands, QuantMatMulArgs, Route, WeightKind
-from onnxq.custom_ops.packed_weight import PackedWeight
+from onnxq.custom_ops.cuda_calls import Activations
+from onnxq.custom_ops.defs.dynamic_float8_mat_mul import spread_scales
 from onnxq.formats import parse_format
-from tests.cuda.emulation import BFLOAT16, Array, Emulation, exact, half_step
-from tests.custom_ops.cases import quantized_weight, same_bits
+from tests.cuda.emulation import BFLOAT16, Array, Emulation, half_step
+from tests.custom_ops.cases import float8_weight
 
 TYPES = [np.dtype(np.float32), np.dtype(np.float16), BFLOAT16]
 E4M3 = ml_dtypes.float8_e4m3fn
@@ -41,12 +42,9 @@ def test_rows(emulation: Emulation, dtype: np.dtype[Any]) -> None:
     for k in (5, 64, 1000):
         x = rows(dtype, (7, k))
         codes, scale = emulation.per_token(x, Activations.FLOAT8)
-        numbers, same = emulation.per_token(x, Activations.FLOAT8, floats=True)
-        assert same_bits(scale, same)
         finite = np.isfinite(scale)
         assert np.array_equal(finite, np.isfinite(x.astype(np.float32)).all(axis=1))
         decoded = codes.view(E4M3).astype(np.float32)
-        assert np.array_equal(decoded, numbers.astype(np.float32))
         assert not decoded[~finite].any()
         assert np.array_equal((decoded * scale[:, None])[finite], rounded(x, 0)[finite])
 
@@ -75,35 +73,30 @@ def test_every_code_is_reached_and_right(emulation: Emulation) -> None:
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_products(emulation: Emulation, dtype: np.dtype[Any]) -> None:
+@pytest.mark.parametrize("block", [0, 128])
+def test_products(emulation: Emulation, block: int, dtype: np.dtype[Any]) -> None:
+    """Whatever cuBLASLt takes: all, no scales of rows, no scales of blocks, nothing."""
     rng = np.random.default_rng(4)
-    for m, k, n in ((130, 64, 48), (5, 272, 96)):
-        packed = quantized_weight("fp8", n, k, k, int8_activations=False, rng=rng)
-        bias = rng.normal(size=n).astype(np.float32)
-        packed = PackedWeight({**packed.inputs, "bias": bias}, packed.attributes)
-        x = rng.normal(size=(m, k)).astype(dtype)
-        q, scale = emulation.per_token(x, Activations.FLOAT8)
-        got = emulation.float8_product(q, packed, scale, dtype)
-        seen = q.view(E4M3).astype(np.float64) * scale[:, None]
-        expected, size = exact(seen, packed)
-        budget = 2.0**-22 * size + half_step(dtype) * 1.01 * np.abs(expected)
-        assert (np.abs(got.astype(np.float64) - expected) <= budget).all()
-
-
-def test_plans(emulation: Emulation) -> None:
-    there = 1  # any address: the plan asks whether rows have scales
-    args = QuantMatMulArgs(m=129, n=512, k=512, group=512, groups=1, row_scale=there, bits=8)
-
-    def route(**changes: int) -> Route:
-        for name, value in changes.items():
-            setattr(args, name, value)
-        plan = emulation.plan(
-            args, WeightKind.E4M3, multiprocessors=132, library=True, operands=Operands.FLOAT8
-        )
-        return Route(plan.route)
-
-    assert route() == Route.FLOAT8
-    assert route(m=128) == Route.TILE
-    assert route(m=4096, k=520) == Route.EXPAND  # cuBLASLt takes FP8 by 16
-    assert route(k=512, groups=4, group=128) == Route.EXPAND
-    assert route(groups=1, group=512, row_scale=0) == Route.EXPAND
+    seen = set()
+    for (m, k, n), takes in itertools.product(
+        ((3, 256, 144), (35, 128, 48), (2, 640, 34)), (7, 6, 4, 0)
+    ):
+        weights, scales = float8_weight(n, k, block, rng)
+        for bias in (np.zeros(1, np.float32), rng.normal(size=n).astype(np.float32)):
+            x = (rng.normal(size=(m, k)) * rng.lognormal(size=(m, k))).astype(dtype)
+            x[1, k // 2] = np.nan
+            got, ran = emulation.float8_mat_mul(
+                x, weights.view(np.uint8), scales, bias, block, takes
+            )
+            seen.add(ran)
+            matrix = weights.astype(np.float64) * spread_scales(scales, n, k, block)
+            seen_x = rounded(x, block).astype(np.float64)
+            expected = seen_x @ matrix.T + bias
+            size = np.abs(seen_x) @ np.abs(matrix.T) + np.abs(bias)
+            budget = 2.0**-20 * size + half_step(dtype) * 1.01 * np.abs(expected)
+            budget += 2.0**-24  # below the least normal float16
+            assert np.array_equal(np.isnan(got.astype(np.float32)), np.isnan(expected))
+            error = np.abs(got.astype(np.float64) - expected)
+            assert (error <= budget)[~np.isnan(expected)].all(), (m, k, n, ran)
+    direct = set() if dtype == np.float32 else {"s"}
+    assert seen == {"p", "sf" if block else "uf"} | direct

@@ -20,6 +20,7 @@ from onnxq import custom_ops
 from onnxq.custom_ops.block_format import block_attributes
 from onnxq.custom_ops.cuda_calls import (
     Float8GroupsArgs,
+    Float8ProductArgs,
     GatherArgs,
     HadamardArgs,
     MatrixProduct,
@@ -208,7 +209,7 @@ def test_every_code_decodes_exactly(emulation: Emulation, dtype: np.dtype[Any]) 
 def test_structs_are_those_of_the_c_interface(emulation: Emulation) -> None:
     mirrored = (
         *(QuantMatMulArgs, PerTokenArgs, HadamardArgs, Plan, MatrixProduct, QuantizeBlockArgs),
-        *(OutlierArgs, Outliers, Float8GroupsArgs, GatherArgs, WidenArgs),
+        *(OutlierArgs, Outliers, Float8GroupsArgs, Float8ProductArgs, GatherArgs, WidenArgs),
     )
     for which, struct in enumerate(mirrored):
         assert ctypes.sizeof(struct) == emulation.struct_bytes(which), struct

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -309,20 +310,31 @@ def _dynamic_quant_mat_mul(dtype: str) -> Iterator[Case]:
     yield case("large", "int8", (150, 288), 300, [3, 77], 6.0)
 
 
+def float8_weight(n: int, k: int, block: int, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Codes of E4M3 ``[n, k]`` without NaN, and scales as DynamicFloat8MatMul takes them."""
+    codes = rng.integers(0, 127, size=(n, k), dtype=np.uint8)
+    codes |= rng.integers(0, 2, size=(n, k), dtype=np.uint8) << 7
+    shape = (-(-n // block), -(-k // (4 * block)) * 4) if block else (n, 1)
+    scales = rng.lognormal(-6, 1, size=shape).astype(np.float32)
+    if block:
+        scales[:, k // block :] = 0
+    return codes.view(ml_dtypes.float8_e4m3fn), scales
+
+
 def _dynamic_float8_mat_mul(dtype: str) -> Iterator[Case]:
     rng = np.random.default_rng(23)
-    shapes: tuple[tuple[str, tuple[int, ...], int, int], ...] = (
-        ("fp8", (5, 64), 33, 64), ("fp8", (3, 130), 32, 20), ("int4", (4, 96), 40, 32),
-        ("mxfp4", (2, 64), 17, 32), ("fp8", (2, 3, 48), 16, 48), ("fp8", (0, 64), 16, 64),
+    shapes: tuple[tuple[tuple[int, ...], int, int], ...] = (
+        ((5, 64), 33, 0), ((3, 130), 32, 0), ((2, 3, 48), 16, 0), ((0, 64), 16, 0), ((96,), 16, 0),
+        ((5, 256), 144, 128), ((2, 3, 640), 130, 128), ((40, 128), 384, 128), ((0, 128), 1, 128),
     )  # fmt: skip
-    for number, (kind, shape, n, group) in enumerate(shapes):
-        packed = quantized_weight(kind, n, shape[-1], group, int8_activations=False, rng=rng)
-        attributes = {k: v for k, v in packed.attributes.items() if k != "int8_activations"}
-        del packed.inputs["order"]
+    for number, (shape, n, block) in enumerate(shapes):
+        weight, scales = float8_weight(n, shape[-1], block, rng)
+        bias = rng.normal(size=n if number % 2 else 1).astype(np.float32)
+        constants = {"weight": weight, "scales": scales, "bias": bias * (number != 2)}
         x = (rng.normal(size=shape) * rng.lognormal(size=shape)).astype(dtype)
-        if number == 0:
+        if x.shape[0] == 5:
             x[1, 3], x[2, 0], x[4] = np.nan, np.inf, 0
-        yield Case(f"{kind} {shape} x {n}", {"x": x}, packed.inputs, attributes, number == 4)
+        yield Case(f"{shape} x {n}, {block}", {"x": x}, constants, {"block": block}, number == 2)
 
 
 # K, block, order of the core: around vectors of 8 and 16, each kind of core, some blocks.

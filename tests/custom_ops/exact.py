@@ -12,7 +12,7 @@ from onnxq.custom_ops.defs import dynamic_quantize_per_token as per_token
 from onnxq.custom_ops.defs import hadamard as hadamard_definition
 from onnxq.custom_ops.defs import quant_mat_mul as definition
 from onnxq.custom_ops.defs import quantize_block
-from onnxq.custom_ops.defs.dynamic_float8_mat_mul import ROWS
+from onnxq.custom_ops.defs.dynamic_float8_mat_mul import ROWS, spread_scales
 from onnxq.custom_ops.defs.dynamic_quant_mat_mul import outlier_columns
 
 Array = np.ndarray[Any, Any]
@@ -112,11 +112,14 @@ def is_quantized_rotation(got: Sequence[Array], arrays: Arrays, a: Attributes) -
 
 def dynamic_float8_mat_mul(arrays: Arrays, a: Attributes) -> tuple[Array, Array]:
     """The product of rounded rows in float64, and how far from it a result may lie."""
-    x = arrays["x"]
-    (rounded,) = quantize_block.reference(x.astype(np.float32), **ROWS)
-    wide = {**arrays, "x": rounded, "order": definition.NO_ORDER}
-    exact, budget = quant_mat_mul(wide, {**a, "int8_activations": 0})
+    x, weight, block = arrays["x"], arrays["weight"], int(a["block"])
+    n, k = weight.shape
+    (rounded,) = quantize_block.reference(x.astype(np.float32), block=block, **ROWS)
+    wide = weight.astype(np.float64) * spread_scales(arrays["scales"], n, k, block)
     with np.errstate(all="ignore"):
+        exact = rounded.astype(np.float64) @ wide.T + arrays["bias"]
+        size = np.abs(rounded.astype(np.float64)) @ np.abs(wide.T) + np.abs(arrays["bias"])
+        budget = 2.0**-20 * (4 + math.sqrt(k)) * size
         if x.dtype == np.float16:
             budget = budget * (1 + 2.0**-10) + np.abs(exact) * 2.0**-11 + 2.0**-25
             exact = np.where(np.abs(exact) > 65519, np.inf, exact)

@@ -298,6 +298,29 @@ def test_fp8_on_both_sides_is_one_operator_where_the_target_multiplies_it() -> N
     assert h.relative_error(expected, with_kernels(after)) < 10 * HALF_ERROR
 
 
+def test_fp8_in_blocks_of_128_has_a_scale_a_square() -> None:
+    """Each weight is within half a step of its own; on the CPU there is no such product."""
+    k, n = 640, 200
+    w, x = h.normal(k, n, seed=3), h.normal(7, k, seed=4)
+    text = f"g (float[T,{k}] x) => (float[T,{n}] y) {{ y = MatMul(x, w) }}"
+    before = h.model_of(text, {"w": w}, opset=21)
+    assign = Assign(mode="per-token", activations="fp8e4m3g128", weights="fp8e4m3", block=128)
+    after = h.apply(before, assign, Pack(), target="cuda").model
+    assert h.ops(after)["DynamicFloat8MatMul"] == 1
+    (node,) = (node for node in after.graph if node.op_type == "DynamicFloat8MatMul")
+    weight, scales = (v.const_value.numpy() for v in node.inputs[1:3])
+    assert (weight.shape, scales.shape) == ((n, k), (2, 8))
+    assert not scales[:, 5:].any()
+    spread = np.repeat(np.repeat(scales[:, :5], 128, axis=0)[:n], 128, axis=1)
+    error = np.abs(weight.astype(np.float32) * spread - w.T)
+    assert (error <= np.maximum(np.abs(w.T) * 2.0**-4, spread * 2.0**-10) * 1.0001).all()
+    assert np.abs(weight[:128, :128].astype(np.float32)).max() == 448
+    exact = x.astype(np.float64) @ w
+    assert 0.01 < h.relative_error(exact, h.run(after, {"x": x})["y"]) < 0.06
+    apart = h.apply(before, assign, Pack()).model
+    assert (h.ops(apart)["QuantMatMul"], h.ops(apart)["QuantizeBlock"]) == (1, 1)
+
+
 @pytest.mark.parametrize("assign", [W4, Assign(mode="per-token", activations="int8")])
 def test_products_for_cuda_take_float16(assign: Assign) -> None:
     """Casts around them; the rest of the model stays as it is."""
