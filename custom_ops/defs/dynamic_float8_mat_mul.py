@@ -116,7 +116,8 @@ def reference(x: Array, weight: Array, scales: Array, bias: Array, *, block: int
         ``y: [..., N]`` of the type of x.
     """
     (rounded,) = quantize_block.reference(x.astype(np.float32), block=block, **ROWS)
-    matrix = weight.astype(np.float32) * spread_scales(scales, *weight.shape, block)
+    n, k = weight.shape
+    matrix = weight.astype(np.float32) * spread_scales(scales, n, k, block)
     with np.errstate(over="ignore", invalid="ignore"):
         y = rounded.astype(np.float64) @ matrix.T.astype(np.float64) + bias
         return (y.astype(np.float32).astype(x.dtype),)
