@@ -12,7 +12,8 @@ from onnxq import custom_ops
 from onnxq.custom_ops.cuda_calls import Outliers, QuantMatMulArgs, Route
 from onnxq.custom_ops.defs.dynamic_quant_mat_mul import outlier_columns
 from onnxq.custom_ops.packed_weight import PackedWeight
-from tests.cuda.emulation import BFLOAT16, Array, Emulation, exact, half_step
+from tests.cuda.arrays import Array
+from tests.cuda.emulation import BFLOAT16, Emulation, exact, half_step
 from tests.custom_ops.cases import CASES, quantized_weight, same_bits, same_numbers
 
 FLOAT16, FLOAT32 = np.dtype(np.float16), np.dtype(np.float32)

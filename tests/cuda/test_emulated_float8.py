@@ -14,7 +14,8 @@ from onnxq.custom_ops.block_format import block_attributes
 from onnxq.custom_ops.cuda_calls import Activations
 from onnxq.custom_ops.defs.dynamic_float8_mat_mul import spread_scales
 from onnxq.formats import parse_format
-from tests.cuda.emulation import BFLOAT16, Array, Emulation, half_step
+from tests.cuda.arrays import Array
+from tests.cuda.emulation import BFLOAT16, Emulation, half_step
 from tests.custom_ops.cases import float8_weight
 
 TYPES = [np.dtype(np.float32), np.dtype(np.float16), BFLOAT16]

@@ -37,7 +37,8 @@ from onnxq.custom_ops.cuda_calls import (
 from onnxq.custom_ops.packed_weight import PackedWeight
 from onnxq.formats import parse_format
 from onnxq.solvers.hadamard import hadamard_matrix
-from tests.cuda.emulation import BFLOAT16, Array, Emulation, exact, half_step
+from tests.cuda.arrays import Array
+from tests.cuda.emulation import BFLOAT16, Emulation, exact, half_step
 from tests.custom_ops.cases import (
     BLOCK_FORMATS,
     CASES,
