@@ -117,7 +117,7 @@ def test_quick_prints_complete_rows(stories: Path) -> None:
 @pytest.mark.slow
 def test_seeds_and_speed_print_their_summaries(stories: Path) -> None:
     for options, wanted in (
-        (["--seeds", "2"], "INT4 activations, 2 random seeds: mean"),
+        (["--seeds", "2"], "int4 activations, 2 random seeds: mean"),
         (["--speed"], "smooth-rotate: "),
     ):
         done = subprocess.run(
