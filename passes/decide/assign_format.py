@@ -25,10 +25,11 @@ from onnxq.graph.match import Linear, analyze
 from onnxq.passes.contract import Context, Pass, PassReport
 from onnxq.passes.decide.set_format import planned, spell
 from onnxq.passes.keys import PLAN, STATISTICS
+from onnxq.passes.lower.weights import rows_of
 from onnxq.passes.naming import about
 from onnxq.passes.plan import ANY_WEIGHT, SitePlan, WeightPlan
 from onnxq.passes.targets import Target, opset_of
-from onnxq.passes.weights.rounding import format_of, rows_of
+from onnxq.passes.weights.rounding import format_of
 from onnxq.solvers.hessian import output_error
 from onnxq.solvers.rtn import rtn
 

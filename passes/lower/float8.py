@@ -10,7 +10,7 @@ import numpy as np
 from onnxq.custom_ops.defs.dynamic_float8_mat_mul import BLOCK
 from onnxq.custom_ops.packed_weight import PackedWeight
 from onnxq.graph.match import Linear
-from onnxq.passes.lower.weights import grid_format, to_nearest, weight_as_read
+from onnxq.passes.lower.weights import grid_format, rows_of, to_nearest
 from onnxq.passes.plan import ActivationPlan, SitePlan
 from onnxq.passes.weights.rounded import RoundedWeight
 
@@ -41,14 +41,14 @@ def float8_weight(
     if str(fmt).removesuffix(f"g{BLOCK}") != "fp8e4m3":
         return None
     if site.activation == TOKENS and not group:
-        made = rounded if rounded is not None else to_nearest(_rows(linear), fmt, plan)
+        made = rounded if rounded is not None else to_nearest(rows_of(linear), fmt, plan)
         if made.levels is None or not _is_e4m3(made.levels) or made.scale.shape[1] != 1:
             return None
         codes = made.codes.astype(np.uint8).view(_E4M3)
         return _inputs(linear, codes, made.scale * np.float32(made.factor), 0)
     whole = linear.in_features % BLOCK == 0
     if site.activation == BLOCKS and group == BLOCK and whole and rounded is None:
-        return _inputs(linear, *square_blocks(_rows(linear)), BLOCK) if _nearest(site) else None
+        return _inputs(linear, *square_blocks(rows_of(linear)), BLOCK) if _nearest(site) else None
     return None
 
 
@@ -72,11 +72,6 @@ def square_blocks(rows: Array) -> tuple[Array, Array]:
 
 def _nearest(site: SitePlan) -> bool:
     return site.weight is not None and site.weight.method == "minmax"
-
-
-def _rows(linear: Linear) -> Array:
-    array, in_axis, _ = weight_as_read(linear)
-    return array if in_axis == 1 else np.ascontiguousarray(array.T)
 
 
 def _inputs(linear: Linear, codes: Array, scales: Array, block: int) -> PackedWeight:

@@ -54,7 +54,7 @@ from onnxq.passes.lower.activations import ActivationRounding
 from onnxq.passes.lower.float8 import float8_weight
 from onnxq.passes.lower.qdq import forget_shapes
 from onnxq.passes.lower.rotations import quantize_rotations
-from onnxq.passes.lower.weights import grid_format, to_nearest, weight_as_read
+from onnxq.passes.lower.weights import grid_format, rows_of, to_nearest
 from onnxq.passes.plan import ActivationPlan, SitePlan
 from onnxq.passes.targets import Target
 from onnxq.passes.weights.rounded import RoundedWeight, RoundedWeights
@@ -183,9 +183,7 @@ class Pack(Pass):
             raise InternalError("PLAN-WEIGHT", f"{site.site} has no weight plan")
         fmt = grid_format(plan)
         if rounded is None:
-            array, in_axis, _ = weight_as_read(linear)
-            rows = array if in_axis == 1 else np.ascontiguousarray(array.T)
-            rounded = to_nearest(rows, fmt, plan)
+            rounded = to_nearest(rows_of(linear), fmt, plan)
         codes, levels, zero = rounded.codes.astype(np.int32), rounded.levels, None
         if levels is None:
             levels, shift = integer_levels(fmt.bits, signed=rounded.codes.dtype.kind == "i")

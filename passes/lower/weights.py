@@ -75,6 +75,12 @@ def weight_as_read(linear: Linear) -> tuple[Float, int, int]:
     return stored, in_axis, 1 - in_axis
 
 
+def rows_of(linear: Linear) -> Float:
+    """The weight as ``[N, K]``, one row an output channel."""
+    stored = linear.w
+    return stored if linear.in_axis == 1 else np.ascontiguousarray(stored.T)
+
+
 def quantize_weight(
     weight: Float,
     plan: WeightPlan,

@@ -19,11 +19,11 @@ from onnxq.graph.edit import Names
 from onnxq.graph.match import Linear, analyze, value_dtype
 from onnxq.passes.contract import Context, Pass, PassReport
 from onnxq.passes.keys import PLAN, ROUNDED, STATISTICS
-from onnxq.passes.lower.weights import to_nearest
+from onnxq.passes.lower.weights import rows_of, to_nearest
 from onnxq.passes.naming import about
 from onnxq.passes.transform.low_rank_split import add_branch
 from onnxq.passes.weights.rounded import RoundedWeights
-from onnxq.passes.weights.rounding import format_of, rows_of
+from onnxq.passes.weights.rounding import format_of
 from onnxq.solvers.hessian import output_error
 from onnxq.solvers.low_rank import low_rank_compensate
 

@@ -18,9 +18,9 @@ from onnxq.errors import SpecError
 from onnxq.graph.match import Linear, analyze
 from onnxq.passes.contract import Context, Pass, PassReport
 from onnxq.passes.keys import ROUNDED, STATISTICS
+from onnxq.passes.lower.weights import rows_of
 from onnxq.passes.naming import about
 from onnxq.passes.transform.folding import put_weight
-from onnxq.passes.weights.rounding import rows_of
 from onnxq.solvers.hessian import output_error
 from onnxq.solvers.magr import STEPS, magr
 

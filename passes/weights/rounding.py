@@ -26,7 +26,7 @@ from onnxq.formats import Format, IntFormat, MxFormat, Params, parse_format
 from onnxq.graph.match import Linear, analyze
 from onnxq.passes.contract import Context, Key, Pass, PassReport
 from onnxq.passes.keys import PLAN, ROUNDED, STATISTICS
-from onnxq.passes.lower.weights import grid_format
+from onnxq.passes.lower.weights import grid_format, rows_of
 from onnxq.passes.plan import SitePlan, WeightPlan
 from onnxq.passes.weights.rounded import RoundedWeight, RoundedWeights
 from onnxq.passes.weights.tasks import LayerTask, Moments, round_layer, round_task
@@ -202,9 +202,3 @@ def searched_scales(rows: Array, gram: Array, fmt: Format, group: int) -> Params
         factors = MX_ROOM
     importance = np.diag(gram).astype(np.float32)
     return mse_params(rows, fmt, group=group, norm=2, factors=factors, importance=importance)
-
-
-def rows_of(layer: Linear) -> Array:
-    """The weight as ``[N, K]``, one row an output channel."""
-    stored = layer.w
-    return stored if layer.in_axis == 1 else np.ascontiguousarray(stored.T)

@@ -29,10 +29,10 @@ from onnxq.graph.match import Linear, analyze
 from onnxq.graph.match.values import value_name
 from onnxq.passes.contract import Context, Pass, PassReport
 from onnxq.passes.keys import PLAN, ROUNDED
-from onnxq.passes.lower.weights import weight_as_read
+from onnxq.passes.lower.weights import rows_of, weight_as_read
 from onnxq.passes.plan import ActivationPlan
 from onnxq.passes.weights.rounded import RoundedWeight, RoundedWeights
-from onnxq.passes.weights.rounding import Array, format_of, rows_of, searched_scales
+from onnxq.passes.weights.rounding import Array, format_of, searched_scales
 from onnxq.passes.weights.segments import Stage, cut, stage_model
 from onnxq.passes.weights.stream import (
     MomentTask,
